@@ -147,6 +147,11 @@ def test_few_folders_know_the_kinds_of_kept_members():
 
 def test_few_folders_know_that_adapters_can_form_a_pool():
     """All others ask whether tensors merge by their products, and a plan or a task what cannot be had of it."""
-    assert folders_with(r"[\"']pool[\"']|\.pooled\b|\bpools\b|(?i:(pool of|pooled) (lora )?adapters?|of a pool\b)") == {
-        "family", "formats",
-    }  # fmt: skip
+    asks = r"[\"']pool[\"']|\.pooled\b|\bpools\b|(?i:(pool of|pooled) (lora )?adapters?|of a pool\b)"
+    assert folders_with(asks) == {"family", "formats"}
+
+
+def test_few_folders_know_vocabularies():
+    """All others ask a plan or a manifest for a tensor's rows, or for its division; reports print what a plan has."""
+    asks = r"\.vocabularies\b|\b(plan|family|manifest)\.vocabular|split_vocabularies|\bVocabulary(Entry)?\b"
+    assert folders_with(asks) == {"family", "formats", "report"}

@@ -118,8 +118,8 @@ def manifest_frame(
     } | {file.path: {"bytes": file.num_bytes, "tasks": [names[task] for task in file.readers]} for file in small}
     for path, entry in entries.items():
         entry |= measured.files.get(path, FileDigests(NO_SHA256, NO_DIGEST))._asdict()
-    optional = _vocabulary_entries(plan, allocation.dtype, measured) | ({"gate": gate} if gate else {})
-    optional |= {"splits": [split.model_dump() for split in plan.splits]} if plan.splits else {}
+    rows = [tensor_entry(plan, tensor.name, allocation.dtype, measured) for tensor in plan.rows]
+    optional = plan.division | ({"rows": rows} if rows else {}) | ({"gate": gate} if gate else {})
     optional |= {"request": request.padded()} if request is not None else {}
     return optional | {
         "format": FORMAT,
@@ -153,24 +153,6 @@ def method_entry(use: MethodUse) -> dict[str, Any]:
         "calibrate": use.calibrate and use.calibrate.text,
         "origin": origin and [origin.source, origin.version],
     }
-
-
-def _vocabulary_entries(plan: Plan, cast: str | None, measured: Measured) -> dict[str, Any]:
-    """Return `vocabularies` and `rows`, or nothing if all models have the same rows."""
-    found = [
-        {
-            "tensors": list(vocabulary.tensors),
-            "base": {"rows": vocabulary.base.rows, "common": vocabulary.base.common},
-            "tasks": {
-                task.name: {"rows": rows.rows, "common": rows.common}
-                for task, rows in zip(plan.tasks, vocabulary.tasks)
-                if not rows.is_plain
-            },
-        }
-        for vocabulary in plan.vocabularies
-    ]
-    rows = [tensor_entry(plan, tensor.name, cast, measured) for tensor in plan.rows]
-    return ({"vocabularies": found} if found else {}) | ({"rows": rows} if rows else {})
 
 
 def _files_of(reader: int, files: Sequence[WeightFile], small: Sequence[SmallFile]) -> list[str]:

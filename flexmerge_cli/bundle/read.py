@@ -242,8 +242,7 @@ class Bundle(Routes):
         )
 
     def stored(self, task: str, aligned: str) -> np.ndarray:
-        """Return what has an entry and a digest in the manifest: a tensor, or the common rows or `@rows` of a
-        vocabulary."""
+        """Return what has an entry and a digest in the manifest: a tensor, or rows of one."""
         return self.stored_as(task, aligned).decode(self._parts[task], self.bits)
 
     def held(self, part: StoredTensor, at: slice = ALL) -> np.ndarray:

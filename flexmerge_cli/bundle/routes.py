@@ -8,10 +8,10 @@ from pathlib import Path
 from flexmerge_cli.bundle.manifest_file import file_inside
 from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.errors import DataError
+from flexmerge_cli.family.family import ROWS_SUFFIX
 from flexmerge_cli.family.split import Split
 from flexmerge_cli.formats.manifest import Manifest
-from flexmerge_cli.formats.manifest_records import RowsEntry, TensorEntry, UnitEntry
-from flexmerge_cli.formats.plan_file import ROWS_SUFFIX
+from flexmerge_cli.formats.manifest_records import TensorEntry, UnitEntry
 from flexmerge_cli.stored.decoding import Described, Packable, RouteParts, Stored
 from flexmerge_cli.stored.forms import stored_as
 
@@ -31,8 +31,6 @@ class Routes:
     _tensors: dict[str, TensorEntry] = field(init=False)
     _entries: dict[str, list[TensorEntry]] = field(init=False)
     """By task: of its tensors and rows, in the manifest's order."""
-    _rows: dict[tuple[str, str], RowsEntry] = field(init=False)
-    """(task, aligned name) of tensors that are put together from rows."""
     _splits: dict[str, Split] = field(init=False)
     """Aligned name of the whole -> how it is split."""
     _dense: dict[str, dict[str, StoredTensor]] = field(init=False)
@@ -63,18 +61,11 @@ class Routes:
             for task in readers:
                 dense[task] |= plain
                 parts[task] |= found
-        rows = {
-            (task, name): rows
-            for vocabulary in manifest.vocabularies
-            for task, rows in vocabulary.tasks.items()
-            for name in vocabulary.tensors
-        }
         methods = [(method.name, json.dumps(method.args)) for method in manifest.methods]
         object.__setattr__(self, "_methods", methods)
         object.__setattr__(self, "_units", {name: unit for unit in manifest.units for name in unit.tensors})
         object.__setattr__(self, "_tensors", tensors)
         object.__setattr__(self, "_entries", entries)
-        object.__setattr__(self, "_rows", rows)
         object.__setattr__(self, "_splits", {split.tensor: split for split in manifest.splits})
         object.__setattr__(self, "_dense", dense)
         object.__setattr__(self, "_parts", parts)
@@ -88,12 +79,12 @@ class Routes:
         if (split := self._splits.get(aligned)) is not None:
             dtype, shape = self.tensor_of(task, split.names[0])
             return dtype, split.whole(shape)
-        tensor, rows = self._tensors[aligned], self._rows.get((task, aligned))
+        tensor, rows = self._tensors[aligned], self.manifest.rows_of(aligned, task)
         shape = tensor.shape_of(task)
         return tensor.dtype_of(task), shape if rows is None else (rows.rows, *shape[1:])
 
     def stored_as(self, task: str, aligned: str) -> Stored:
-        """Return how an entry of the manifest is stored: a tensor, or the common rows or `@rows` of a vocabulary.
+        """Return how an entry of the manifest is stored: a tensor, or rows of one.
 
         Raises DataError if the manifest does not say so soundly, or it takes a part that is not there.
         """
@@ -127,11 +118,11 @@ class Routes:
         return self._parts[task]
 
     def whole(self, task: str, aligned: str) -> Stored:
-        """Return how a task's whole tensor is stored: rows of a vocabulary and parts of a split tensor are joined.
+        """Return how a task's whole tensor is stored: rows and parts of one tensor are joined.
 
         Raises as stored_as.
         """
-        split, rows = self._splits.get(aligned), self._rows.get((task, aligned))
+        split, rows = self._splits.get(aligned), self.manifest.rows_of(aligned, task)
         if split is None and rows is None:
             return self.stored_as(task, aligned)
         if split is not None:
@@ -171,7 +162,7 @@ class Routes:
         tensor = self._tensors[aligned]
         if tensor.of is not None:
             return self.identity(task, tensor.of)
-        if (task, aligned) in self._rows:
+        if self.manifest.rows_of(aligned, task) is not None:
             return aligned, task
         form = aligned, tensor.dtype_of(task), str(tensor.shape_of(task))
         experts = self.stored_as(task, aligned).experts(self._parts[task])  # What tasks of one group have in common.

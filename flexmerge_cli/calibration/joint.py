@@ -97,8 +97,8 @@ class JointModels:
         merging: dict[str, list[PlanTensor]] = {}
         for tensor in self.plan.tensors:
             has = tensor.class_ is TensorClass.MERGEABLE and task in tensor.present
-            if has and self.plan.vocabulary(tensor.name) is None:
-                merging.setdefault(whole_of(self.plan.own_name(task, tensor.name))[0], []).append(tensor)
+            if has and self.plan.rows_of(tensor.name, task) is None:
+                merging.setdefault(self.plan.whole_name(task, tensor.name), []).append(tensor)
         for name, parameter in model.named_parameters():
             own = names.get(name, "")
             parameter.requires_grad_(own in merging)

@@ -42,16 +42,17 @@ def wanted_of(
 ) -> "list[Wanted]":
     """Return what is measured in a task's model, for the tensors that merge, in the plan's order.
 
-    names: maps each name in the model's state to the task's own name. Tensors of vocabularies that differ are left out;
-    for split tensors only `inputs` and `outputs` are measured, for the whole.
+    names: maps each name in the model's state to the task's own name. Tensors of which tasks have rows of their own
+    are left out; for split tensors only `inputs` and `outputs` are measured, for the whole.
     """
     from flexmerge_cli.calibration.collect import Wanted, layout_of
 
     shapes = {}
     for tensor in plan.tensors:
-        if tensor.class_ is TensorClass.MERGEABLE and place in tensor.present and plan.vocabulary(tensor.name) is None:
+        has = tensor.class_ is TensorClass.MERGEABLE and place in tensor.present
+        if has and plan.rows_of(tensor.name, place) is None:
             whole = whole_of(tensor.name)[0]
-            own = whole_of(plan.own_name(place, tensor.name))[0]
+            own = plan.whole_name(place, tensor.name)
             shapes[own] = whole, plan.whole_shape(tensor.name, tensor.shape_of(place), place), whole != tensor.name
     modules, found = dict(model.named_modules()), []
     for name, parameter in model.named_parameters():

@@ -131,7 +131,7 @@ def _observed(request: CalibrationRequest) -> "tuple[list[dict[str, list[Wanted]
     wanted: list[dict[str, list[Wanted]]] = []
     for place in plan.all_tasks:
         aligned = {
-            whole_of(plan.own_name(place, tensor.name))[0]: whole_of(tensor.name)[0]
+            plan.whole_name(place, tensor.name): whole_of(tensor.name)[0]
             for tensor in plan.tensors
             if tensor.class_ is TensorClass.MERGEABLE and place in tensor.present
         }

@@ -19,8 +19,8 @@ from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.errors import DataError
 from flexmerge_cli.evaluation.scored import DigestLine, TaskModel, places_line, weights_digest
 from flexmerge_cli.family.classes import TensorClass, absent_alias
+from flexmerge_cli.family.family import ROWS_SUFFIX
 from flexmerge_cli.family.split import Split, whole_of
-from flexmerge_cli.formats.plan_file import ROWS_SUFFIX
 from flexmerge_cli.stored.joined import join
 
 if TYPE_CHECKING:
@@ -103,10 +103,9 @@ def bundle_model(bundle: Bundle, task: str) -> TaskModel:
         for t in bundle.manifest.stored
         if task in t.digests
     ]
-    for vocabulary in bundle.manifest.vocabularies:
-        rows = vocabulary.tasks.get(task)
-        if rows is not None:
-            lines += [places_line(names.get(name, name), rows.rows, rows.common) for name in vocabulary.tensors]
+    for name in (tensor.name for tensor in bundle.manifest.tensors):
+        if (rows := bundle.manifest.rows_of(name, task)) is not None:
+            lines.append(places_line(names.get(name, name), rows.rows, rows.common))
     lines += _expert_lines(bundle, task)
     lines += [(path, "", (), bundle.manifest.files[path].sha256) for path in bundle.manifest.added_files(task)]
     return TaskModel(
@@ -154,9 +153,9 @@ def base_model(bundle: Bundle, task: str, base: Checkpoint, digests: dict[str, s
         split = splits.get(tensor.name)
         whole = tensor.name if split is None else split.tensor
         stored = base.tensors.get(whole) or absent_alias(base.config, base.tensors, whole)
-        vocabulary = next((v for v in bundle.manifest.vocabularies if tensor.name in v.tensors), None)
-        if vocabulary is not None and stored is not None and stored.shape[:1] == (vocabulary.base.rows,):
-            stored = stored.take(vocabulary.base.common)
+        of_base, rows = (bundle.manifest.rows_of(tensor.name, model) for model in (None, task))
+        if of_base is not None and stored is not None and stored.shape[:1] == (of_base.rows,):
+            stored = stored.take(of_base.common)
         if split is not None and stored is not None:
             is_whole = stored.shape == split.whole(tensor.shape_of(task))
             stored = split.take(stored, tensor.name) if is_whole else None
@@ -168,7 +167,6 @@ def base_model(bundle: Bundle, task: str, base: Checkpoint, digests: dict[str, s
         else:
             if tensor.name not in digests:
                 digests[tensor.name] = _digest(weights, stored)
-            rows = vocabulary.tasks.get(task) if vocabulary is not None else None
             found[own] = partial(weights.tensor, stored)
             if rows is not None:
                 found[own] = partial(_with_rows, found[own], partial(view.__getitem__, own), rows.common)

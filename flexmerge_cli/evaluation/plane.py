@@ -15,7 +15,6 @@ from flexmerge_cli.checkpoint.rows import Runs
 from flexmerge_cli.evaluation.scored import Scored, TaskModel
 from flexmerge_cli.evaluation.scoring import Scorer
 from flexmerge_cli.family.classes import TensorClass
-from flexmerge_cli.family.split import whole_of
 from flexmerge_cli.formats.plan_file import Plan
 
 if TYPE_CHECKING:
@@ -83,9 +82,7 @@ def _others(plan: Plan, task: int, other: int) -> dict[str, _Other]:
     for tensor in plan.tensors:
         stored_as = plan.tensor(tensor.reason) if tensor.class_ is TensorClass.TIED else tensor
         if stored_as.class_ is TensorClass.MERGEABLE and {task, other} <= set(tensor.present):
-            names = [plan.own_name(each, tensor.name) for each in (task, other)]
-            if plan.split(tensor.name) is not None:
-                names = [whole_of(name)[0] for name in names]
+            names = [plan.whole_name(each, tensor.name) for each in (task, other)]
             at, at_other = plan.rows_of(tensor.name, task), plan.rows_of(tensor.name, other)
             rows = None if at is None or at_other is None else (at.common, at_other.common)
             found[names[0]] = _Other(name=names[1], rows=rows)

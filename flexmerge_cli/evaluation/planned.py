@@ -15,8 +15,9 @@ from flexmerge_cli.errors import DataError
 from flexmerge_cli.evaluation.models import StoredWeights
 from flexmerge_cli.evaluation.scored import TaskModel, places_line, weights_digest
 from flexmerge_cli.family.classes import TensorClass
+from flexmerge_cli.family.family import ROWS_SUFFIX
 from flexmerge_cli.family.split import whole_of
-from flexmerge_cli.formats.plan_file import ROWS_SUFFIX, Plan
+from flexmerge_cli.formats.plan_file import Plan
 
 
 def planned_models(

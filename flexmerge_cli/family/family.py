@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from flexmerge_cli.checkpoint import foreign
 from flexmerge_cli.checkpoint.candidates import Candidates
@@ -26,6 +27,7 @@ from flexmerge_cli.record import Count, Items, Record, Runs
 # name.
 PART_NAME = re.compile(r"@(base|unified|mask|gamma|scale|levels|codes|left|right|index|values|rows|part[0-9]+)(\.|\Z)")
 MAX_TASKS = 4096  # the memory of a plan's order and Gram matrices grows with its square
+ROWS_SUFFIX = "@rows"
 TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -88,6 +90,12 @@ class Vocabulary(Record):
         """Return the rows of a task, or of the base if it is None; None for a kept adapter, which has the base's."""
         return self.base if task is None else self.tasks[task] if task < len(self.tasks) else None
 
+    def entry(self, names: Sequence[str]) -> dict[str, Any]:
+        """Return what a manifest records. names: of the tasks."""
+        base, *own = (rows.model_dump(exclude={"leading"}) for rows in (self.base, *self.tasks))
+        found = {name: each for name, each, rows in zip(names, own, self.tasks) if not rows.is_plain}
+        return {"tensors": list(self.tensors), "base": base, "tasks": found}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
@@ -116,6 +124,20 @@ class Family:
     def stored(self) -> tuple[FamilyTensor, ...]:
         """All tensors that are stored by themselves."""
         return self.tensors + self.rows
+
+    @property
+    def division(self) -> dict[str, Any]:
+        """How tensors are divided into rows and parts, as a plan records it."""
+        return {
+            "vocabularies": [vocabulary.model_dump() for vocabulary in self.vocabularies],
+            "splits": [split.model_dump() for split in self.splits],
+        }
+
+    def rows_of(self, tensor: str, task: int | None) -> RowMap | None:
+        """Return where a task, or the base (None), has the rows of a tensor that all models have; None if all models
+        have the same rows."""
+        whole = tensor.removesuffix(ROWS_SUFFIX)
+        return next((found.of(task) for found in self.vocabularies if whole in found.tensors), None)
 
     @property
     def one_model_bytes(self) -> int:

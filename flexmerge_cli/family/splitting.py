@@ -9,6 +9,7 @@ from flexmerge_cli.family.blocks import rules_of
 from flexmerge_cli.family.classes import TensorClass
 from flexmerge_cli.family.family import Family, FamilyTensor
 from flexmerge_cli.family.split import Split, whole_of
+from flexmerge_cli.family.vocabulary import split_vocabularies
 from flexmerge_cli.record import Shape
 
 
@@ -34,6 +35,11 @@ def find_splits(shapes: Mapping[str, Shape], blocks: str | Path) -> tuple[Split,
             hint="give a number of parts that divides the axis, such as the number of heads",
         )
     return tuple(found)
+
+
+def divided(family: Family, blocks: str | Path) -> Family:
+    """Divide tensors into the rows and parts that are compared. Ties must be settled. Raises like `split_tensors`."""
+    return split_tensors(split_vocabularies(family), blocks)
 
 
 def split_tensors(family: Family, blocks: str | Path) -> Family:

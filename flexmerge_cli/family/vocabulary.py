@@ -18,7 +18,7 @@ from flexmerge_cli.checkpoint.rows import Runs, num_rows, other_rows, runs_of
 from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.checkpoint.tokenizer import Tokens, is_one_tokenizer, read_tokens
 from flexmerge_cli.family.classes import HEADS, TensorClass, embeds
-from flexmerge_cli.family.family import Family, FamilyTensor, RowMap, Vocabulary
+from flexmerge_cli.family.family import ROWS_SUFFIX, Family, FamilyTensor, RowMap, Vocabulary
 
 # Names of output layers: the segment before `weight` or `bias`.
 OUTPUTS = ("lm_head", "embed_out", "proj_out", "output_projection", "vocab_projector", "generator_lm_head")
@@ -151,7 +151,7 @@ def _split(tensor: FamilyTensor, vocabulary: Vocabulary) -> tuple[FamilyTensor, 
         resized=False,
     )
     own = FamilyTensor(
-        name=f"{tensor.name}@rows",
+        name=f"{tensor.name}{ROWS_SUFFIX}",
         base=None,
         tasks=tuple(
             taken(stored, other_rows(rows.common, rows.rows)) if num_rows(rows.common) < rows.rows else None

@@ -90,6 +90,7 @@ from flexmerge_cli.formats.manifest_records import (
     GateEntry,
     MethodEntry,
     RouterEntry,
+    RowsEntry,
     Stem,
     SurgeryEntry,
     TaskEntry,
@@ -159,6 +160,18 @@ class Manifest(Record):
                 own = self.tasks[task].names.get(tensor.name, tensor.name)
                 found[task][own.removesuffix(suffix)] = whole
         return found
+
+    def rows_of(self, tensor: str, task: str | None) -> RowsEntry | None:
+        """Return where a task, or the base (None), has the rows of a tensor that all models have; None if it has these
+        rows alone, in their order."""
+        vocabulary = self._vocabulary_of.get(tensor)
+        if vocabulary is None:
+            return None
+        return vocabulary.base if task is None else vocabulary.tasks.get(task)
+
+    @cached_property
+    def _vocabulary_of(self) -> dict[str, VocabularyEntry]:
+        return {name: vocabulary for vocabulary in self.vocabularies for name in vocabulary.tensors}
 
     def has_experts(self, task: str) -> bool:
         """Return whether layers of the task's model may be mixtures of experts, which no tensor holds."""

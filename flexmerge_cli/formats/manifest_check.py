@@ -8,7 +8,7 @@ from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES
 from flexmerge_cli.checkpoint.rows import are_runs, num_rows
 from flexmerge_cli.checkpoint.safetensors import is_shape
 from flexmerge_cli.family.classes import TensorClass
-from flexmerge_cli.family.family import are_task_names
+from flexmerge_cli.family.family import ROWS_SUFFIX, are_task_names
 from flexmerge_cli.family.split import check_splits, whole_of
 from flexmerge_cli.formats.folders import (
     ADDED,
@@ -17,7 +17,6 @@ from flexmerge_cli.formats.folders import (
     WEIGHTS,
     stays_inside,
 )
-from flexmerge_cli.formats.plan_records import ROWS_SUFFIX
 from flexmerge_cli.record import Shape
 
 if TYPE_CHECKING:

@@ -6,9 +6,9 @@ from flexmerge_cli.checkpoint.dtypes import FLOATING, ITEM_BYTES
 from flexmerge_cli.checkpoint.rows import are_runs, num_rows
 from flexmerge_cli.checkpoint.safetensors import is_shape
 from flexmerge_cli.family.classes import TensorClass
-from flexmerge_cli.family.family import MAX_TASKS, are_task_names
+from flexmerge_cli.family.family import MAX_TASKS, ROWS_SUFFIX, are_task_names
 from flexmerge_cli.family.split import check_splits
-from flexmerge_cli.formats.plan_records import ROWS_SUFFIX, PlanTensor
+from flexmerge_cli.formats.plan_records import PlanTensor
 from flexmerge_cli.record import Shape
 
 if TYPE_CHECKING:

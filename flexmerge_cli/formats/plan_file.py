@@ -31,11 +31,10 @@ from pydantic import Field, model_validator
 from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.errors import UsageError
 from flexmerge_cli.family.classes import TensorClass
-from flexmerge_cli.family.family import RowMap, Vocabulary
+from flexmerge_cli.family.family import ROWS_SUFFIX, Family, RowMap, Vocabulary
 from flexmerge_cli.family.split import Split, whole_of
 from flexmerge_cli.formats.members import Member, PlanAdapter, PlanTask
 from flexmerge_cli.formats.plan_check import check_plan
-from flexmerge_cli.formats.plan_records import ROWS_SUFFIX as ROWS_SUFFIX
 from flexmerge_cli.formats.plan_records import (
     PlanBase,
     PlanBlock,
@@ -211,8 +210,23 @@ class Plan(Record):
         joined = {task for found in self.vocabularies for task, rows in enumerate(found.tasks) if not rows.is_plain}
         return joined | {task for split in self.splits for task in self.tensor(split.names[0]).present}
 
+    def is_divided_as(self, family: Family) -> bool:
+        """Return whether tensors have the rows and parts that they have in a family, so that names mean the same."""
+        return (self.vocabularies, self.splits) == (family.vocabularies, family.splits)
+
+    @property
+    def division(self) -> dict[str, Any]:
+        """How tensors are divided into rows and parts, as a manifest records it: without what there is none of."""
+        vocabularies = [vocabulary.entry(self.task_names) for vocabulary in self.vocabularies]
+        splits = [split.model_dump() for split in self.splits]
+        return {name: found for name, found in (("vocabularies", vocabularies), ("splits", splits)) if found}
+
     def own_name(self, task: int, tensor: str) -> str:
         return self.tasks[task].names.get(tensor, tensor)
+
+    def whole_name(self, task: int, tensor: str) -> str:
+        """Return what the file of a task calls a tensor, or the whole that this is rows or a part of."""
+        return whole_of(self.own_name(task, tensor.removesuffix(ROWS_SUFFIX)))[0]
 
     def merges(self) -> tuple[Merge, ...]:
         """Return the order with block indices."""

@@ -52,8 +52,6 @@ Parts = Annotated[Named[str], AfterValidator(_stay_inside)]
 
 License = Annotated[str, Field(min_length=1, max_length=MAX_LICENSE)]
 
-ROWS_SUFFIX = "@rows"
-
 
 class SideFile(Record):
     """A config, tokenizer or other file beside a task's weights."""

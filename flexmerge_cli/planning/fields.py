@@ -243,9 +243,8 @@ def plan_of(
         ),
         "tensors": [tensors.get(record["name"], record) for record in records[: len(family.tensors)]],
         "rows": records[len(family.tensors) :],
-        "vocabularies": [vocabulary.model_dump() for vocabulary in family.vocabularies],
-        "splits": [split.model_dump() for split in family.splits],
         "settings": requested_settings(request).model_dump(mode="json"),
+        **family.division,
         **order_fields(tensors, blocks, request.order),
     }
     return sealed_plan(fields)

@@ -15,7 +15,7 @@ from flexmerge_cli.errors import DataError
 from flexmerge_cli.family.classes import TensorClass
 from flexmerge_cli.family.family import Family, FamilyTensor
 from flexmerge_cli.family.split import whole_of
-from flexmerge_cli.formats.plan_file import ROWS_SUFFIX, Plan
+from flexmerge_cli.formats.plan_file import Plan
 from flexmerge_cli.record import Shape
 
 AGAIN = "make the plan again with `flexmerge plan --base …`"
@@ -50,7 +50,7 @@ class Known:
             place = self._place(name)
             if place is not None:
                 own = {
-                    whole_of(self.plan.own_name(place, tensor.name))[0]: (
+                    self.plan.whole_name(place, tensor.name): (
                         tensor.dtype_of(place),
                         self.plan.whole_shape(tensor.name, tensor.shape_of(place), place),
                     )
@@ -78,7 +78,7 @@ class Known:
         """Return whether two tensors of a task, given by aligned names, hold the same bits; None if that is not
         known."""
         place, records = self._place(task), [self.plan.find(name) for name in (alias, target)]
-        if place is None or self.plan.vocabulary(alias) or self.plan.vocabulary(target):
+        if place is None or self.plan.rows_of(alias, place) or self.plan.rows_of(target, place):
             return None
         first, second = records
         if first is None or second is None or not {first.digests[place], second.digests[place]} - {None}:
@@ -89,7 +89,7 @@ class Known:
 
     def low_rank(self, family: Family) -> dict[str, tuple[frozenset[str], dict[str, int] | None]]:
         """Map each task to the matrices that were examined, and to what was found about their changes."""
-        if self.plan.vocabularies or family.vocabularies or self.plan.splits != family.splits:
+        if not self.plan.is_divided_as(family):
             return {}  # a name may now mean other elements
         found = {}
         for name in family.task_names:
@@ -176,15 +176,11 @@ class Known:
         form = (record.dtype_of(place), tuple(record.shape_of(place)))
         return record.digests[place] if form == (stored.dtype, stored.shape) else None
 
-    def _same_rows(self, family: Family, tensor: str, place: int | None, task: int) -> bool:
-        """Return whether the tensor has the same rows of the task's file as before; without a place, of the base's
-        file."""
-        then = self.plan.vocabulary(tensor)
-        now = next((found for found in family.vocabularies if tensor.removesuffix(ROWS_SUFFIX) in found.tensors), None)
-        if then is None or now is None:
-            return then is None and now is None
-        old, new = (then.base, now.base) if place is None else (then.tasks[place], now.tasks[task])
-        return old.rows == new.rows and [tuple(run) for run in old.common] == [tuple(run) for run in new.common]
+    def _same_rows(self, family: Family, tensor: str, place: int | None, task: int | None) -> bool:
+        """Return whether the tensor has the same rows of the file of a task, or of the base (None), as before."""
+        found = self.plan.rows_of(tensor, place), family.rows_of(tensor, task)
+        then, now = (rows and (rows.rows, rows.common) for rows in found)  # however they were compared
+        return then == now
 
     def _is_partly_read(self, owner: FamilyTensor, item: SurveyItem, known: Sequence[str | None]) -> bool:
         """Return whether only new tasks are read at first: for items without comparison, and for what may be
@@ -222,7 +218,7 @@ class Known:
         who = [f"task `{family.task_names[task]}`" for task in changed]
         form = (item.base.dtype, item.base.shape) if item.base is not None else None
         is_known = record is not None and form is not None and record.base_form == form
-        if record is not None and is_known and self._same_rows(family, owner.name, None, 0):
+        if record is not None and is_known and self._same_rows(family, owner.name, None, None):
             who += ["the base"] if record.base_digest not in (None, found.base_digest) else []
         if who:
             raise DataError(f"{who[0]} has changed since the plan: `{owner.name}`", hint=AGAIN)

@@ -16,8 +16,7 @@ from flexmerge_cli.family.blocks import Block
 from flexmerge_cli.family.classes import TensorClass, aliases, tied_by_config
 from flexmerge_cli.family.factors import partition_pairs
 from flexmerge_cli.family.family import Family, FamilyTensor
-from flexmerge_cli.family.splitting import require_splits, split_tensors
-from flexmerge_cli.family.vocabulary import split_vocabularies
+from flexmerge_cli.family.splitting import divided, require_splits, split_tensors
 from flexmerge_cli.formats.plan_file import Plan, read_plan, sealed_plan
 from flexmerge_cli.order.similarity import Similarity
 from flexmerge_cli.planning import kept_adapters
@@ -71,7 +70,7 @@ def opened(
     split_tensors(family, request.order.blocks)
     kept_adapters.check_on_disk(family.kept)
     fetch(to_fetch(family), request.access, on_progress)
-    family = divided(settle_ties(family, known), request)
+    family = divided(settle_ties(family, known), request.order.blocks)
     if family.merges_products:  # how well factors code says nothing about their products
         request = replace(request, statistics="gram")
     owners, items = survey_items(family, request)
@@ -166,7 +165,7 @@ def make_plan(
 def provisional_plan(family: Family, request: PlanRequest) -> Plan:
     """Make a plan from headers alone, for prices: no order, no digests, and whatever could be constant as it
     appears."""
-    family = divided(family, request)
+    family = divided(family, request.order.blocks)
     records = [
         record | {"gram": [[0.0] * len(family.tasks)] * len(family.tasks)} for record in tensor_records(family, [])
     ]
@@ -184,11 +183,6 @@ def provisional_plan(family: Family, request: PlanRequest) -> Plan:
     ]
     fields = plan.model_dump(mode="json", by_alias=True) | {"order": merged}
     return sealed_plan(fields)
-
-
-def divided(family: Family, request: PlanRequest) -> Family:
-    """Split the family's vocabularies and other tensors into what is compared. Ties must be settled."""
-    return split_tensors(split_vocabularies(family), request.order.blocks)
 
 
 def replan(plan: Plan, order: OrderSettings, *, without_statistics: bool = False) -> Plan:

@@ -17,7 +17,7 @@ from flexmerge_cli.family.classes import TensorClass
 from flexmerge_cli.family.family import Family, make_family
 from flexmerge_cli.family.split import whole_of
 from flexmerge_cli.formats.members import Member
-from flexmerge_cli.formats.plan_file import ROWS_SUFFIX, Plan
+from flexmerge_cli.formats.plan_file import Plan
 from flexmerge_cli.formats.plan_records import SideFile
 from flexmerge_cli.planning import kept_adapters, left_out
 from flexmerge_cli.request.plan import PlanRequest
@@ -207,19 +207,19 @@ def _located(
     of_tasks: tuple[dict[str, StoredTensor], ...] = tuple({} for _ in tasks)
     of_base: dict[str, StoredTensor] = {}
     for tensor in plan.stored:
-        name = tensor.name.removesuffix(ROWS_SUFFIX)
-        whole = whole_of(name)[0]
+        name = tensor.name
         if base is not None and (tensor.class_ is TensorClass.MERGEABLE or plan.base_readers(tensor)):
             assert tensor.base_form is not None
             dtype, shape = tensor.base_form
+            whole = whole_of(name)[0]
             own, shape = plan.base.names.get(whole, whole), plan.whole_shape(name, shape, None)
             if (found := located(base, "the base", own, dtype, shape)) is not None:
                 of_base[name] = plan.section(name, found, None)
         for task in tensor.present:
-            own, who = whole_of(plan.own_name(task, name))[0], f"task `{plan.tasks[task].name}`"
+            own, who = plan.whole_name(task, name), f"task `{plan.tasks[task].name}`"
             shape = plan.whole_shape(name, tensor.shape_of(task), task)
             if (found := located(tasks[task], who, own, tensor.dtype_of(task), shape)) is not None:
-                of_tasks[task][tensor.name] = plan.section(tensor.name, found, task)
+                of_tasks[task][name] = plan.section(name, found, task)
     for record, opened in zip(plan.tasks, tasks):
         if opened.parts != record.parts:
             problems.append(f"task `{record.name}`: other subfolders of {opened.path} hold weights")

@@ -217,7 +217,8 @@ def dry_summary(sources: PlanRequest | None, request: MergeRequest) -> dict[str,
     from flexmerge_cli.engine.memory import survey_bytes
     from flexmerge_cli.engine.pool import default_threads
     from flexmerge_cli.errors import UsageError
-    from flexmerge_cli.planning.make import divided, provisional_plan, survey_items, to_fetch
+    from flexmerge_cli.family.splitting import divided
+    from flexmerge_cli.planning.make import provisional_plan, survey_items, to_fetch
     from flexmerge_cli.planning.sources import open_family
 
     if sources is None:
@@ -226,7 +227,7 @@ def dry_summary(sources: PlanRequest | None, request: MergeRequest) -> dict[str,
         )
     family = open_family(sources)
     plan = provisional_plan(family, sources)
-    _, items = survey_items(divided(family, sources), sources)
+    _, items = survey_items(divided(family, sources.order.blocks), sources)
     return {
         "one_model_bytes": plan.one_model_bytes,
         "base": plan.base.source,

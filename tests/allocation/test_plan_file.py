@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from flexmerge_cli import load_plan, make_plan
 from flexmerge_cli.errors import FlexmergeError, SourceError, UsageError
 from flexmerge_cli.family.classes import TensorClass
-from flexmerge_cli.family.family import TASK_NAME, RowMap, Vocabulary
+from flexmerge_cli.family.family import ROWS_SUFFIX, TASK_NAME, RowMap, Vocabulary
 from flexmerge_cli.family.split import Split
-from flexmerge_cli.formats.plan_file import MAX_PLAN_BYTES, ROWS_SUFFIX, Plan, is_plan, read_plan, save_plan
+from flexmerge_cli.formats.plan_file import MAX_PLAN_BYTES, Plan, is_plan, read_plan, save_plan
 from flexmerge_cli.planning.make import replan
 from flexmerge_cli.request.plan import OrderSettings
 
