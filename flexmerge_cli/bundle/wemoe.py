@@ -112,15 +112,31 @@ def attach(model: nn.Module, routers: Mapping[str, tuple[ExpertRouter, Mapping[s
     for router, layers, first in routers.values():
         for name, layer in layers.items():
             layer.router, layer.leads = router, name == first
-    own = [router for router, *_ in routers.values()]
-    for module in {model, getattr(model, "base_model", model)}:  # Either may be called.
-        module.register_forward_pre_hook(partial(_note_mask, own), with_kwargs=True)
-        module.register_forward_hook(partial(_drop_mask, own), always_call=True)
+    entries = {model, getattr(model, "base_model", model)}  # Either may be called.
+    own, decoding = [router for router, *_ in routers.values()], list[ExpertRouter]()
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        encoder = model.get_encoder()  # type: ignore[operator]
+        encoding = {id(module) for module in encoder.modules()}
+        of_encoder = [any(id(layer) in encoding for layer in layers.values()) for _, layers, _ in routers.values()]
+        decoding = [router for router, is_in in zip(own, of_encoder) if not is_in]
+        own = [router for router, is_in in zip(own, of_encoder) if is_in]
+        _note_masks(encoder, own, "attention_mask")  # It may be called alone.
+    for module in entries:
+        _note_masks(module, own, "attention_mask")
+        _note_masks(module, decoding, "decoder_attention_mask")
 
 
-def _note_mask(routers: list[ExpertRouter], _module: nn.Module, _args: Any, kwargs: Mapping[str, Any]) -> None:
-    for router in routers if "attention_mask" in kwargs else ():
-        router.masks[get_ident()] = kwargs["attention_mask"]
+def _note_masks(module: nn.Module, routers: list[ExpertRouter], word: str) -> None:
+    """Tell routers of the mask that a module is called with under this word, until it returns."""
+    module.register_forward_pre_hook(partial(_note_mask, routers, word), with_kwargs=True)
+    module.register_forward_hook(partial(_drop_mask, routers), always_call=True)
+
+
+def _note_mask(
+    routers: list[ExpertRouter], word: str, _module: nn.Module, _args: Any, kwargs: Mapping[str, Any]
+) -> None:
+    for router in routers if word in kwargs else ():
+        router.masks[get_ident()] = kwargs[word]
 
 
 def _drop_mask(routers: list[ExpertRouter], *_call: Any) -> None:

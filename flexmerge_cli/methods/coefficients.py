@@ -9,9 +9,9 @@ found, and with which base and fine-tuned models, by their fingerprints, and exa
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import ValidationError
+from pydantic import Strict, ValidationError
 
 from flexmerge_cli.errors import DataError, FlexmergeError, SourceError
 from flexmerge_cli.json_file import parse_json
@@ -20,6 +20,7 @@ from flexmerge_cli.regular_file import read_file
 
 FORMAT: Literal["flexmerge.coefficients/1"] = "flexmerge.coefficients/1"
 MAX_BYTES = 16 << 20
+Weight = Annotated[float, Strict()]  # true and "1" are no numbers
 AGAIN = "flexmerge tune plan.json --spec calib.yaml -o coefficients.json"
 
 
@@ -42,7 +43,7 @@ class Coefficients(Record):
     base: Digest | None = None
     """The fingerprint of the base in the plan."""
     tasks: Named[TunedTask]
-    weights: Named[float | Named[float]]
+    weights: Named[Weight | Named[Weight]]
 
     def dump(self) -> str:
         return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), ensure_ascii=False)

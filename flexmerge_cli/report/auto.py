@@ -107,7 +107,7 @@ def show_auto(value: dict[str, Any]) -> None:
         say(f"{centre}, {row['factor']:.2f}x: {_times(row['damage'], cost)} the predicted damage")
     twice = value["doubled"]
     if twice["factor"] > value["factor"]:
-        say(f"twice the bytes, {twice['factor']:.2f}x: {_times(twice['damage'], cost)} of it; {_range(twice)}")
+        say(f"twice the bytes, {twice['factor']:.2f}x: {_times(twice['damage'], cost)} the damage; {_range(twice)}")
     say(f"this size, {value['factor']:.2f}x: {_range(value)}; the smallest is {value['smallest_factor']:.4f}x")
 
 

@@ -1,5 +1,7 @@
 """Routers of experts, beside WEMoE as its paper gives it: plain loops over examples and positions, in float64."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -155,6 +157,34 @@ def test_a_mask_counts_wherever_a_model_is_entered_and_then_no_more():
     for entered in (model, base):
         torch.testing.assert_close(entered(x, attention_mask=mask)[:, 0], kept)
         torch.testing.assert_close(base(x)[:, 0], whole)
+
+
+def test_encoder_and_decoder_have_masks_of_their_own():
+    """The decoder's layers counted the positions of the encoder's mask, and an encoder alone all positions."""
+    layers = {name: MixtureLinear.__new__(MixtureLinear) for name in ("encoder", "decoder")}
+    routers = {name: ExpertRouter({"w0": torch.ones(2, 4), "b0": torch.ones(2)}) for name in layers}
+    encoder, model = torch.nn.Identity(), torch.nn.Identity()
+    for name, layer in layers.items():
+        torch.nn.Module.__init__(layer)
+        (encoder if name == "encoder" else model).add_module("layer", layer)
+    encoder.forward = lambda x, attention_mask=None: routers["encoder"](x)
+    model.encoder, model.config = encoder, SimpleNamespace(is_encoder_decoder=True)
+    model.get_encoder = lambda: encoder
+    model.forward = lambda x, attention_mask=None, decoder_attention_mask=None: (
+        encoder(x, attention_mask=attention_mask), routers["decoder"](x)
+    )  # fmt: skip
+    attach(model, {name: (routers[name], {"w": layer}, "w") for name, layer in layers.items()})
+    x, first, last = torch.randn(1, 3, 4), torch.tensor([[1, 0, 0]]), torch.tensor([[0, 1, 1]])
+    means = [x[:, 0], x[:, 1:].mean(1), x.mean(1)]
+    of_first, of_last, of_all = ((mean @ torch.ones(4, 2) + 1)[:, None] for mean in means)
+    for given, expected in (
+        ({"attention_mask": first}, (of_first, of_all)),
+        ({"attention_mask": first, "decoder_attention_mask": last}, (of_first, of_last)),
+        ({"decoder_attention_mask": last}, (of_all, of_last)),
+    ):
+        for found, weights in zip(model(x, **given), expected):
+            torch.testing.assert_close(found, weights)
+    torch.testing.assert_close(encoder(x, attention_mask=last), of_last)
 
 
 def test_the_same_request_makes_the_same_bundle_and_every_byte_counts(mixed, tmp_path):
