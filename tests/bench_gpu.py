@@ -41,6 +41,28 @@ def rows(device: str, folder: Path, *, width: int = 768, layers: int = 12) -> It
     yield from views(device, folder)
 
 
+def loads(device: str, folder: Path) -> Iterator[Row]:
+    """Loading all tasks of a bundle of `bench_serve`, beside copies of the same parameters out of pinned memory.
+
+    The skeletons are built before, and files are in the page cache.
+    """
+    for path in sorted(path.parent for path in folder.glob("*/average-1x/manifest.json")):
+        seconds, tensors = [], {}
+        for _ in range(3):
+            runtime = open_bundle(path, verify="off").runtime(device=device)
+            gigabytes = sum(runtime.num_bytes.values()) / 1e9  # builds them
+            seconds.append(timed(device, lambda: [runtime.model(task) for task in runtime.tasks]))  # noqa: B023
+            models = [runtime.model(task) for task in runtime.tasks]
+            tensors = {held.data_ptr(): held for model in models for held in model.state_dict().values()}
+        here = [held.cpu() for held in tensors.values()]
+        here = [held.pin_memory() for held in here] if device.startswith("cuda") else here
+        rate, most = gigabytes / min(seconds), gigabytes / best(device, partial(copied, here, device))
+        yield (
+            f"loading {path.parent.name} {path.name}",
+            f"{rate:.1f} GB/s, {rate / most:.2f} of copies out of pinned memory ({most:.1f} GB/s)",
+        )
+
+
 def methods(device: str) -> Iterator[Row]:
     """Every method with every word that it takes, on a family with ties, cancellations and zeros."""
     family, worst, where = small_family(), 0.0, ""
@@ -92,10 +114,12 @@ def views(device: str, folder: Path) -> Iterator[Row]:
         gigabytes = sum(value.nbytes for value in here.values()) / 1e9
         copies = gigabytes / best(device, partial(copied, list(here.values()), device))
         rate = gigabytes / best(device, partial(looked_up, bundle, task, device))
-        yield f"view {method}", said(f"{rate:.1f} GB/s, {rate / copies:.2f} of copies ({copies:.1f} GB/s)", same)
-    if device.startswith("cuda"):
-        pinned = [value.pin_memory() for value in here.values()]
-        yield "copies out of pinned memory", f"{gigabytes / best(device, partial(copied, pinned, device)):.1f} GB/s"
+        figure = f"{rate:.1f} GB/s, {rate / copies:.2f} of copies ({copies:.1f} GB/s)"
+        if device.startswith("cuda"):
+            pinned = [value.pin_memory() for value in here.values()]
+            most = gigabytes / best(device, partial(copied, pinned, device))
+            figure += f", {rate / most:.2f} of those out of pinned memory ({most:.1f} GB/s)"
+        yield f"view {method}", said(figure, same)
 
 
 def copied(values: list[Tensor], device: str) -> list[Tensor]:
@@ -147,6 +171,7 @@ def main() -> None:
     all_rows = (
         rows(arguments.device, arguments.folder),
         served(arguments.folder / "serve", arguments.device, ["average-1x", "auto-1x"], ["vit", "llama"]),
+        loads(arguments.device, arguments.folder / "serve"),
     )
     for of_part in all_rows:
         for what, figure in of_part:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # All checks that need a GPU, in under eight minutes: the tests marked `cuda`, then results and times beside the CPU's as
-# one table: every method, plan, merge, views, bandwidth of copies, and serving. Needs what `pip install '.[dev]'` needs,
+# one table: every method, plan, merge, bandwidth of views and loading beside copies, and serving. Needs what `pip install '.[dev]'` needs,
 # with a torch for CUDA. $PYTHON is the interpreter, $FLEXMERGE_BENCH_FOLDER (6 GB) where families are made.
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -9,7 +9,7 @@ import sys
 import threading
 import types
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -63,6 +63,9 @@ class OnDevice(Tensor):
 
     def data_ptr(self) -> int:
         return -self.held.data_ptr()  # tells tensors apart; nobody on the CPU can read there
+
+    def record_stream(self, stream: Any) -> None:
+        pass
 
     def tolist(self) -> Any:
         return self.held.tolist()
@@ -148,10 +151,11 @@ def pretended_gpu() -> Iterator[type[Device]]:
         patch.setitem(sys.modules, "torch.privateuseone", module)  # type: ignore[arg-type]
         patch.setattr(device, "KINDS", (*device.KINDS, GPU.type))
         patch.setattr(upload, "pinned", lambda num_bytes: torch.empty(num_bytes, dtype=torch.uint8))
-        patch.setattr(
-            torch.cuda, "Event", lambda: types.SimpleNamespace(record=lambda _: None, synchronize=lambda: None)
-        )
-        patch.setattr(torch.cuda, "current_stream", lambda _: None)
+        none = types.SimpleNamespace(record=lambda _: None, synchronize=lambda: None, wait_stream=lambda _: None)
+        for name in ("Event", "Stream", "current_stream"):  # tests/engine/late_gpu.py has them
+            patch.setattr(torch.cuda, name, lambda *_: none)
+        patch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+        patch.setattr(torch.cuda, "set_stream", lambda _: None)
         patch.setattr(threading.Thread, "run", run_there)
         # Views of a subclass's tensors that are made under inference mode cannot be counted, and fail.
         patch.setattr(torch, "inference_mode", lambda mode=True: torch.set_grad_enabled(not mode))

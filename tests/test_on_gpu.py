@@ -16,6 +16,8 @@ pytest.importorskip("transformers")
 from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 
 from flexmerge_cli import make_plan, merge, open_bundle  # noqa: E402
+from flexmerge_cli.bundle import resident  # noqa: E402
+from flexmerge_cli.errors import MachineError  # noqa: E402
 from flexmerge_cli.methods.registry import parse_call  # noqa: E402
 
 from . import bench_gpu  # noqa: E402
@@ -97,9 +99,9 @@ def test_codes_are_looked_up_on_the_device() -> None:
     for coder in LOOKED_UP:
         look_up = coder.look_up(coder.encode(matrix, "F32"), (20, 31))
         with pretended_gpu():
-            found = scaled_levels_on(look_up, GPU)
+            found = scaled_levels_on(look_up, lambda part: torch.from_numpy(part).to(GPU))
             assert found.device == GPU
-        assert torch.equal(found.held, scaled_levels_on(look_up, torch.device("cpu"))), coder
+        assert torch.equal(found.held, scaled_levels_on(look_up, torch.from_numpy)), coder
 
 
 @pytest.fixture(scope="module")
@@ -232,6 +234,27 @@ def test_what_is_stored_once_is_placed_once_per_device_and_dtype(
         with sdpa_kernel(SDPBackend.MATH):
             rows = runtime({"pixel_values": pixels}, ["beta", "alpha", "beta", "gamma"])
         assert {row.logits.device for row in rows} == {GPU}
+
+
+@pytest.mark.parametrize("weights", ["dense"])
+def test_a_task_that_finds_no_memory_leaves_nothing_and_the_others_run_on(
+    weights: str, bundle_of: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resident, "LEAST_ELEMENTS", 0)
+    bundle = open_bundle(bundle_of("vit", "low_bit:bits=4"))
+    pixels = torch.ones(1, 3, 16, 16)
+    with pretended_gpu() as device, sdpa_kernel(SDPBackend.MATH):
+        runtime = bundle.runtime(device=GPU.type, weights=weights)
+        inputs = {"pixel_values": pixels.to(GPU)}
+        before = runtime(inputs, ["alpha"])[0].logits.cpu()
+        held = set(runtime._placed)
+        device.allocations_left = 5
+        with pytest.raises(MachineError, match=r"has no memory left for .*task `beta`"):
+            runtime.model("beta")
+        device.allocations_left = float("inf")
+        assert set(runtime._placed) == held and runtime._tasks["beta"] is None
+        assert torch.equal(runtime(inputs, ["alpha"])[0].logits.cpu(), before)
+        assert runtime.model("beta") is not None
 
 
 def tensors_of(model: Any) -> list[Any]:

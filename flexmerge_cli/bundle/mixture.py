@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from flexmerge_cli.bundle.read import Bundle
 from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.engine.device import as_tensor
+from flexmerge_cli.engine.upload import Uploads
 from flexmerge_cli.errors import UsageError
 from flexmerge_cli.stored.decoding import Experts
 
@@ -68,6 +69,7 @@ class Mixture:
     experts: Experts
     bundle: Bundle
     device: torch.device
+    uploads: Uploads
     key: Hashable
     """Equal for the mixtures of tasks that have the same experts."""
 
@@ -103,7 +105,7 @@ class Mixture:
 
     def _read(self, part: StoredTensor) -> Tensor:
         bits = np.ascontiguousarray(self.bundle.mapped(part)).view(np.uint8)
-        return as_tensor(bits, part.dtype).reshape(part.shape).to(self.device)
+        return self.uploads(as_tensor(bits, part.dtype).reshape(part.shape), self.device)
 
 
 def install(model: nn.Module, names: Mapping[str, str | Iterable[str]], mixtures: Mapping[str, Mixture]) -> None:

@@ -1,7 +1,6 @@
 """Gives a task's model out of a bundle, as a read-only mapping of tensors or as the transformers model."""
 
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from copy import copy as copy_of
 from functools import cached_property
 from typing import Any
@@ -17,8 +16,11 @@ from flexmerge_cli.bundle.modules import complete
 from flexmerge_cli.bundle.placeholder import Placeholder, Value, fill, named_placeholders, placeholders
 from flexmerge_cli.bundle.read import Bundle
 from flexmerge_cli.engine.device import as_tensor, choose_device, torch_dtype
-from flexmerge_cli.engine.pool import default_threads
+from flexmerge_cli.engine.pool import loading
+from flexmerge_cli.engine.upload import MemoryFor, Uploads
 from flexmerge_cli.errors import UsageError
+
+MORE_MEMORY = 'drop tensors, models and tasks that nobody uses; runtime(weights="packed", dtype="bf16") takes the least'
 
 
 class View(Mapping[str, Tensor]):
@@ -33,13 +35,14 @@ class View(Mapping[str, Tensor]):
     verify="off". From the second look-up on, the other files of the task are digested meanwhile. The files stay open:
     a bundle that is replaced or removed meanwhile is read on as it was. If the disk fails, a look-up raises
     MachineError where it reads; a tensor on the mapped file cannot: the process gets SIGBUS if it touches a page that
-    is in memory no more. copy=True excludes that.
+    is in memory no more, and so does a look-up that copies from it to another device. copy=True excludes that. Raises
+    MachineError where the device has no memory left.
     """
 
     def __init__(self, bundle: Bundle, task: str, *, copy: bool = False, device: str = "cpu") -> None:
         bundle.hold(task)
         self.bundle, self.task, self.copy = bundle, task, copy
-        self.device = choose_device(device)
+        self.device, self._uploads = choose_device(device), Uploads()
         self._tensors = bundle.tensors_of(task)
         self._looked_up = 0
         self.aligned = bundle.manifest.aligned(task)
@@ -57,7 +60,7 @@ class View(Mapping[str, Tensor]):
         """The mixtures of experts among the layers, by the own name of their weight."""
         found = self.bundle.experts(self.task)
         return {
-            own: Mixture(found[name], self.bundle, self.device, self.bundle.identity(self.task, name))
+            own: Mixture(found[name], self.bundle, self.device, self._uploads, self.bundle.identity(self.task, name))
             for own, name in self.aligned.items()
             if name in found
         }
@@ -67,16 +70,19 @@ class View(Mapping[str, Tensor]):
         self._looked_up += 1
         if self._looked_up == 2:  # whoever wants one tensor alone does not have the other files read
             self.bundle.ahead(self.task)
-        if self._gives_centres and name in self.mixtures:
-            return self.mixtures[name].centre
+        with MemoryFor(f"`{name}` of task `{self.task}`", self.device, hint=MORE_MEMORY):
+            if self._gives_centres and name in self.mixtures:
+                return self.mixtures[name].centre
+            return self._tensor(name, aligned)
+
+    def _tensor(self, name: str, aligned: str) -> Tensor:
         dtype, shape = self._tensors[name]
-        on_cpu = self.device.type == "cpu"
-        stored = None if on_cpu else self.bundle.whole(self.task, aligned).packable
+        stored = None if self.device.type == "cpu" else self.bundle.whole(self.task, aligned).packable
         if stored is not None and stored.decodes_on_devices:
-            return decode_on(self.bundle, self.task, stored, self.device).reshape(shape)
-        array = self.bundle.array(self.task, aligned, shared=on_cpu and not self.copy)
+            return decode_on(self.bundle, self.task, stored, self.device, self._uploads).reshape(shape)
+        array = self.bundle.array(self.task, aligned, shared=not self.copy)
         tensor = as_tensor(np.ascontiguousarray(array).reshape(-1).view(np.uint8), dtype).reshape(shape)
-        return tensor if on_cpu else tensor.to(self.device)
+        return self._uploads(tensor, self.device)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
@@ -117,7 +123,11 @@ def load_model(view: View, **kwargs: Any) -> Any:
         return made
 
     needs, states, mixtures = placeholders(model), named_placeholders(model), view.mixtures
-    with bundle.checking(task) as checked, ThreadPoolExecutor(default_threads()) as pool:
+    with (
+        MemoryFor(f"task `{task}`", view.device, hint=MORE_MEMORY),
+        bundle.checking(task) as checked,
+        loading(view.device) as pool,
+    ):
         checked.ahead(task)
         tensors = View(checked, task, copy=view.copy, device=str(view.device)).parameters
         found = dict(zip(needs, pool.map(lambda held: placed(held, tensors), needs.values())))

@@ -15,12 +15,13 @@ KINDS: tuple[str, ...] = ("cpu", "cuda")
 
 
 def choose_device(wanted: str = "auto", *, computes: bool = True) -> "torch.device":
-    """Return the device for `auto`, `cpu`, `cuda` or `cuda:n`. Raises UsageError for a device that does not exist here.
+    """Return the device for `auto`, `cpu`, `cuda` or `cuda:n`, with its number, as `cuda` is another device in a thread
+    that has chosen none. Raises UsageError for a device that does not exist here.
 
     computes: False if nothing is computed on it here, as when parts are joined that were made elsewhere.
     """
     if wanted == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(wanted)
     except RuntimeError:
@@ -33,7 +34,7 @@ def choose_device(wanted: str = "auto", *, computes: bool = True) -> "torch.devi
         and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count())
     ):
         raise UsageError(f"no device `{wanted}`: torch sees {torch.cuda.device_count()}", hint="--device cpu")
-    return device
+    return torch.empty(0, device=device).device if computes else device
 
 
 def arithmetic(device: str) -> str:

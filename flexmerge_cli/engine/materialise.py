@@ -170,7 +170,7 @@ class _Run:
                 lambda: self.visit(items[place]), lambda: self.visit_on_cpu(items[place]), warnings.warn
             )
 
-        with ordered_map(range(len(items)), work, threads=self.threads) as visits:
+        with ordered_map(range(len(items)), work, threads=self.threads, device=self.makings[0].worker.device) as visits:
             for item, visited in zip(items, visits):
                 for making, pieces in zip(self.makings, visited):
                     for span in item:

@@ -7,14 +7,14 @@ thread was first. At most `threads + ahead` items exist at a time, which bounds 
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from typing import TypeVar
 
 import numpy as np
 
-from flexmerge_cli.engine.upload import Uploads
+from flexmerge_cli.engine.upload import Uploads, adopting, arrived
 from flexmerge_cli.later import torch
 
 Item = TypeVar("Item")
@@ -30,23 +30,38 @@ def default_threads() -> int:
 
 
 def ordered_map(
-    items: Iterable[Item], work: Callable[[Item], Result], *, threads: int, ahead: int = AHEAD
+    items: Iterable[Item],
+    work: Callable[[Item], Result],
+    *,
+    threads: int,
+    ahead: int = AHEAD,
+    device: "torch.device | None" = None,
 ) -> closing[Generator[Result, None, None]]:
     """Return the results of `work`, in the order of the items. The first error, in that order, is raised; the rest is
     dropped.
+
+    device: on which the threads compute, each on a stream of its own. Results then hold no tensors of it.
 
     Use it in a `with` block: at its end no worker runs any more, whatever the reader of the results did. A generator
     left to itself would live as long as the error's traceback, and its workers would go on writing into files that are
     closed.
     """
-    return closing(_results(items, work, threads, ahead))
+    return closing(_results(items, work, threads, ahead, device))
+
+
+@contextmanager
+def loading(device: "torch.device") -> Iterator[ThreadPoolExecutor]:
+    """Give threads that read weights to a device, on the stream of the caller. At the end of the block all is there."""
+    with arrived(device), ThreadPoolExecutor(default_threads(), initializer=adopting(device, own=False)) as pool:
+        yield pool
 
 
 def _results(
-    items: Iterable[Item], work: Callable[[Item], Result], threads: int, ahead: int
+    items: Iterable[Item], work: Callable[[Item], Result], threads: int, ahead: int, device: "torch.device | None"
 ) -> Generator[Result, None, None]:
     pending: deque[Future[Result]] = deque()
-    with ThreadPoolExecutor(threads, thread_name_prefix="flexmerge", initializer=_start) as pool:
+    adopt = None if device is None else adopting(device, own=True)
+    with ThreadPoolExecutor(threads, thread_name_prefix="flexmerge", initializer=_start, initargs=(adopt,)) as pool:
         try:
             for item in items:
                 pending.append(pool.submit(work, item))
@@ -59,13 +74,15 @@ def _results(
                 future.cancel()
 
 
-def _start() -> None:
-    """Make torch adopt its number of threads; runs first in each worker.
+def _start(adopt: Callable[[], None] | None) -> None:
+    """Make torch adopt its number of threads, and the stream; runs first in each worker.
 
     Until torch is asked for its number, a thread's matrix products run on all cores, and give other bits than on the
     one core that the engine set.
     """
     torch.get_num_threads()
+    if adopt is not None:
+        adopt()
 
 
 def with_fallback(run: Callable[[], Result], on_cpu: Callable[[], Result], on_warning: Callable[[str], None]) -> Result:
@@ -73,9 +90,10 @@ def with_fallback(run: Callable[[], Result], on_cpu: Callable[[], Result], on_wa
     try:
         return run()
     except torch.OutOfMemoryError:
-        torch.cuda.empty_cache()
-        on_warning("the GPU is out of memory: part of the work runs on the CPU")
-        return on_cpu()
+        pass  # The error holds what `run` had on the GPU, and is let go of first.
+    torch.cuda.empty_cache()
+    on_warning("the GPU is out of memory: part of the work runs on the CPU")
+    return on_cpu()
 
 
 ALIGNMENT = 64  # bytes of a cache line, and of the widest vector registers

@@ -10,7 +10,7 @@ from typing import Any
 
 from flexmerge_cli.engine.pool import ordered_map
 from flexmerge_cli.engine.spans import Span
-from flexmerge_cli.later import Tensor
+from flexmerge_cli.later import Tensor, torch
 from flexmerge_cli.methods.method import Statistic, Where
 
 Tasks = tuple[int, ...]
@@ -29,19 +29,20 @@ def run_statistics(
     where: Callable[[Span, Tasks], Where],
     *,
     threads: int,
+    device: "torch.device | None" = None,
     on_pass: Callable[[int], None] = lambda _number: None,
 ) -> dict[Key, Any]:
     """Return the finished value of each (domain, tasks). wanted: domain -> sets of tasks. spans: tensors by name, then
     by element; they are visited in this order, but domain by domain.
 
-    domain_of: (scope, tensor) -> the domain it belongs to.
+    domain_of: (scope, tensor) -> the domain it belongs to. device: where the threads measure.
     """
     jobs: dict[Key, Any] = {(domain, tasks): first for domain, sets in wanted.items() for tasks in sets}
     number = 0
     while any(isinstance(job, Statistic) for job in jobs.values()):
         number += 1
         on_pass(number)
-        jobs |= _one_pass(jobs, first.scope, wanted, spans, domain_of, read, where, threads)
+        jobs |= _one_pass(jobs, first.scope, wanted, spans, domain_of, read, where, threads, device)
     return jobs
 
 
@@ -54,6 +55,7 @@ def _one_pass(
     read: ReadDeltas,
     where: Callable[[Span, Tasks], Where],
     threads: int,
+    device: "torch.device | None",
 ) -> dict[Key, Any]:
     def keys(span: Span) -> list[Key]:
         domain = domain_of(scope, span.tensor)
@@ -77,7 +79,7 @@ def _one_pass(
     totals: dict[Key, Any] = {}
     finished: dict[Key, Any] = {}
     domain = ""
-    with ordered_map(visits, work, threads=threads) as measured:
+    with ordered_map(visits, work, threads=threads, device=device) as measured:
         for (_, found), parts in zip(visits, measured):
             if found[0][0] != domain:
                 finished |= _finished(jobs, totals)

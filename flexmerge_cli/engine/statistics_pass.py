@@ -131,6 +131,7 @@ class StatisticsPass:
             read,
             lambda span, tasks: self.worker.where(span, 0, tasks),
             threads=self.threads,
+            device=self.worker.device,
             on_pass=lambda number: self.on_stage(f"{what}, pass {number}"),
         )
         return found
@@ -172,7 +173,7 @@ class StatisticsPass:
 
         groups: dict[tuple[str, Tasks], StoredGroup] = {}
         totals: dict[tuple[str, Tasks], dict[str, np.ndarray]] = {}
-        with ordered_map(jobs, work, threads=self.threads) as parts:
+        with ordered_map(jobs, work, threads=self.threads, device=self.worker.device) as parts:
             for (group, span), part_skR in zip(jobs, parts):
                 key = self.encoder.unit_of[span.tensor], group.tasks
                 groups[key] = group

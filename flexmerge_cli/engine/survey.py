@@ -86,7 +86,7 @@ def survey(
 
         parts: list[_Part] = []
         digests: dict[int, TensorDigest] = {}
-        with ordered_map(range(len(ranges)), work, threads=threads) as found:
+        with ordered_map(range(len(ranges)), work, threads=threads, device=device) as found:
             for (index, start, stop), part in zip(ranges, found):
                 of_item = sums[index]
                 if of_item is not None and part.rows is not None:

@@ -1,5 +1,7 @@
 """Decodes by table look-up on any device of torch; low_bit.py does it in numpy, and gives the same bits."""
 
+from collections.abc import Callable
+
 import numpy as np
 
 from flexmerge_cli.later import Tensor, torch
@@ -7,9 +9,9 @@ from flexmerge_cli.residuals.low_bit import LookUp
 from flexmerge_cli.residuals.packing import codes_of_digit, layout
 
 
-def scaled_levels_on(look_up: LookUp, device: "torch.device") -> Tensor:
-    """Compute table[codes] · scale, float32 [m, n] on the device; only the packed bytes go there."""
-    packed, scale = (torch.tensor(part, device=device) for part in (look_up.codes, look_up.scale))
+def scaled_levels_on(look_up: LookUp, place: Callable[[np.ndarray], Tensor]) -> Tensor:
+    """Compute table[codes] · scale, float32 [m, n], on the device to which `place` moves arrays, the packed bytes."""
+    packed, scale = place(look_up.codes), place(look_up.scale)
     return unpack_on(packed, look_up.num_columns, look_up.bits, look_up.table) * scale
 
 

@@ -24,11 +24,12 @@ def product(x: Tensor, weight: PackedOn) -> Tensor:
     x, found = x.contiguous(), x.new_empty(k, m, dtype=torch.float32)
     first, second = weight.codes[0], weight.codes[-1]
     grid = triton.cdiv(m, TILE_M), triton.cdiv(k, ROWS)
-    _product[grid](
-        x, found, k, m, n, *_arguments(first), *_arguments(second),
-        first.bits, second.bits if len(weight.codes) > 1 else 0, STORED[weight.dtype],
-        "ieee" if x.dtype is torch.float32 else "tf32", ROWS, TILE_M, TILE_N,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]  # Triton starts kernels on the current GPU, wherever their tensors lie.
+        _product[grid](
+            x, found, k, m, n, *_arguments(first), *_arguments(second),
+            first.bits, second.bits if len(weight.codes) > 1 else 0, STORED[weight.dtype],
+            "ieee" if x.dtype is torch.float32 else "tf32", ROWS, TILE_M, TILE_N,
+        )  # fmt: skip
     return found
 
 

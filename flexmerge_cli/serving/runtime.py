@@ -2,7 +2,6 @@
 
 import threading
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
@@ -25,9 +24,10 @@ from flexmerge_cli.bundle.placeholder import (
     placeholders,
 )
 from flexmerge_cli.bundle.read import Bundle
-from flexmerge_cli.bundle.view import View
+from flexmerge_cli.bundle.view import MORE_MEMORY, View
 from flexmerge_cli.engine.device import choose_device
-from flexmerge_cli.engine.pool import default_threads
+from flexmerge_cli.engine.pool import loading
+from flexmerge_cli.engine.upload import MemoryFor, Uploads, adopting, arrived
 from flexmerge_cli.errors import UsageError
 from flexmerge_cli.serving.batch import run_batch
 from flexmerge_cli.serving.meeting import Shared, run_in_lockstep, shared_weights
@@ -76,7 +76,7 @@ class Runtime:
             raise UsageError(f"weights `{weights}` is neither `dense` nor `packed`", hint="choose one of these two")
         if dtype is not None and dtype not in DTYPES:
             raise UsageError(f"dtype={dtype!r} is none of {', '.join(DTYPES)}", hint="leave it out for the task's own")
-        self.device = torch.empty(0, device=choose_device(device)).device  # with its number, as tensors have it
+        self.device, self._uploads = choose_device(device), Uploads()
         self._bundle, self._stays_packed = bundle, weights == "packed"
         self._dtype = None if dtype is None else DTYPES[dtype]
         self._tasks: dict[str, _Task | None] = {}
@@ -121,16 +121,27 @@ class Runtime:
     def model(self, task: str) -> Any:
         """Return the transformers model of a task, in eval mode. It is loaded when it is first asked for.
 
-        Raises UsageError for a task that the runtime does not have, otherwise like `OpenBundle.model`.
+        Raises UsageError for a task that the runtime does not have, MachineError if the device has no memory left for
+        it, otherwise like `OpenBundle.model`. The other tasks stay as they were.
         """
         with self._lock, torch.inference_mode(False):  # its tensors could not be used outside of inference mode
             found = self._task(task)
             if not found.is_loaded:
-                self._placed |= self._read(task, {k: v for k, v in found.needs.items() if k not in self._placed})
-                fill(found.model, lambda held: self._placed[held.value.key, held.dtype], self.device)
-                complete(self._bundle, task, found.model, found.names, found.mixtures)
-                found.is_loaded = True
+                try:
+                    with MemoryFor(f"task `{task}`", self.device, hint=MORE_MEMORY):
+                        self._load(task, found)
+                except BaseException:
+                    self._tasks[task] = None  # Part of the model is there: it is begun anew.
+                    self._free()
+                    raise
             return found.model
+
+    def _load(self, task: str, found: "_Task") -> None:
+        self._placed |= self._read(task, {k: v for k, v in found.needs.items() if k not in self._placed})
+        with arrived(self.device):
+            fill(found.model, lambda held: self._placed[held.value.key, held.dtype], self.device)
+            complete(self._bundle, task, found.model, found.names, found.mixtures)
+        found.is_loaded = True
 
     def add(self, task: str) -> None:
         """Load a task of the bundle, while others run. Reads the files of its route that were not read yet."""
@@ -144,8 +155,12 @@ class Runtime:
         with self._lock:
             self._require(task)
             del self._tasks[task]
-            needed = {key for held in self._tasks.values() if held is not None for key in held.needs}
-            self._placed = {key: tensor for key, tensor in self._placed.items() if key in needed}
+            self._free()
+
+    def _free(self) -> None:
+        """Let go of what no task needs."""
+        needed = {key for held in self._tasks.values() if held is not None for key in held.needs}
+        self._placed = {key: tensor for key, tensor in self._placed.items() if key in needed}
 
     def __call__(self, inputs: Mapping[str, Any], tasks: Sequence[str]) -> list[Any]:
         """Run one batch whose examples belong to different tasks.
@@ -177,11 +192,17 @@ class Runtime:
         ended, or like `model`.
         """
         models = [self.model(task) for task, _ in runs]
-        calls = [partial(run, model) for (_, run), model in zip(runs, models)]
+        if joining is None and len(runs) == 1:
+            with torch.inference_mode():
+                return [runs[0][1](models[0])]
+        adopt = adopting(self.device, own=False)
+
+        def called(run: Callable[[Any], Result], model: Any) -> Result:
+            adopt()  # Each run has a thread of its own.
+            return run(model)
+
+        calls = [partial(called, run, model) for (_, run), model in zip(runs, models)]
         if joining is None:
-            if len(calls) == 1:
-                with torch.inference_mode():
-                    return [calls[0]()]
             return run_in_lockstep(calls, shared_weights(dict(enumerate(models))))
         running, numbers = dict(enumerate(models)), count(len(models))
         shared = shared_weights(running)
@@ -192,7 +213,7 @@ class Runtime:
             now = {number: running[number] for number in going} | {number: model for number, model, _ in more}
             if now.keys() != running.keys():
                 running, shared = now, shared_weights(now)
-            return [partial(run, model) for _, model, run in more], shared
+            return [partial(called, run, model) for _, model, run in more], shared
 
         return run_in_lockstep(calls, shared, joined)
 
@@ -222,7 +243,7 @@ class Runtime:
 
     def _read(self, task: str, needs: Mapping[Key, Placeholder]) -> dict[Key, Tensor]:
         """Read values, and digest the files meanwhile; nothing is handed out before that has ended."""
-        with self._bundle.checking(task) as bundle, ThreadPoolExecutor(default_threads()) as pool:
+        with self._bundle.checking(task) as bundle, loading(self.device) as pool:
             view, packed = View(bundle, task, device=str(self.device)).parameters, self._task(task).packed
 
             def read(key: Key) -> Tensor:
@@ -249,7 +270,7 @@ class Runtime:
             held = [own.arrays for own in self._tasks.values() if own is not None]
             found = next((arrays[key] for arrays in held if key in arrays), None)
             if found is None:
-                found = array, torch.from_numpy(array).to(self.device, copy=True)
+                found = array, self._uploads(torch.from_numpy(array), self.device)
             self._task(task).arrays[key] = found
             return found[1].reshape(array.shape)
 

@@ -6,6 +6,7 @@ import torch
 from flexmerge_cli import open_bundle
 from flexmerge_cli.bundle.decode_on import decode_on
 from flexmerge_cli.bundle.read import Bundle
+from flexmerge_cli.engine.upload import Uploads
 from flexmerge_cli.errors import UsageError
 
 from .bundles import make
@@ -42,7 +43,7 @@ def test_a_coded_tensor_has_the_bits_of_the_view(method, name, device, tmp_path)
         for tensor in bundle.manifest.tensors:
             stored = bundle.whole(task, tensor.name).packable if task in tensor.digests else None
             if stored is not None and stored.decodes_on_devices:
-                found = decode_on(bundle, task, stored, torch.device(device))
+                found = decode_on(bundle, task, stored, torch.device(device), Uploads())
                 expected = view[names.get(tensor.name, tensor.name)]
                 assert same_bits(found.reshape(expected.shape), expected)
                 decoded += 1

@@ -16,7 +16,7 @@ LOOKED_UP = [coder for coder in CODERS if isinstance(coder, (LowBit, BitDelta))]
 
 def assert_same_bits(coder, matrix, dtype, device):
     parts = coder.encode(torch.from_numpy(matrix), dtype)
-    found = scaled_levels_on(coder.look_up(parts, matrix.shape), torch.device(device))
+    found = scaled_levels_on(coder.look_up(parts, matrix.shape), lambda part: torch.from_numpy(part).to(device))
     assert found.device.type == device
     assert found.cpu().numpy().tobytes() == coder.decode(parts, matrix.shape, dtype).tobytes()
 

@@ -120,7 +120,7 @@ def _centre(
     """
     if form.centre is not None:
         decoded = _code(encoder, form.centre, plain, form.matrix, raw, dtype, shared, piece)
-        return torch.from_numpy(decoded).to(encoder.worker.device)
+        return encoder.worker.on_device(torch.from_numpy(decoded))
     if "base" in shared:  # written once, for all groups
         return cast(plain, shared["base"].array.dtype).float()
     stored = cast(plain, shared["unified"].array.dtype) + 0.0
