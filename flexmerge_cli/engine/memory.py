@@ -63,6 +63,8 @@ def survey_bytes(
         work = max(reading_bytes(tensor, count) for tensor in models)
         turns = min(k, ROW_TASKS)
         is_plain = {tensor.dtype for tensor in models} == {"F32"}
+        dtypes = {tensor.dtype for _, tensor in item.tasks}
+        in_c = native.lib is not None and len(dtypes) == 1 and dtypes <= set(native.TYPES)
         if item.gram:
             comparing = 16 * k * min(count, PRODUCT_ELEMENTS) + 4 * tile + (0 if is_plain else 4 * k * tile)
             comparing += 6 * k * tile if signs else 0
@@ -77,7 +79,7 @@ def survey_bytes(
             ranges,
             raw=sum(count * tensor.item_bytes + 64 for tensor in models),
             deltas=4 * k * tile if item.gram else 0,
-            rows=4 * (k + turns) * sampled * columns + (0 if is_plain or not some else 4 * count),
+            rows=4 * ((1 if in_c else k) + turns) * sampled * columns + (0 if is_plain or not some else 4 * count),
             codes=0 if native.lib is not None or not some else 16 * max(ROW_BLOCK, min(count, columns)),
             work=max(work, count),  # whether all is finite, an element a byte
             result=grams
