@@ -22,9 +22,6 @@ from flexmerge_cli.writing import has_start, write_file
 
 Sealed = TypeVar("Sealed", bound=Record)
 
-_DATA = "_sealed_data"
-"""Where a record that was sealed here keeps the bytes of its file until they are saved."""
-
 
 def sealed(kind: type[Sealed], fields: Mapping[str, Any]) -> Sealed:
     """Check a record's fields and fill in its SHA-256, which is that of the file that `save_sealed` writes.
@@ -33,15 +30,12 @@ def sealed(kind: type[Sealed], fields: Mapping[str, Any]) -> Sealed:
     among them are checked already. Raises ValidationError.
     """
     record = kind.model_validate(dict(fields) | {"sha256": NO_SHA256})
-    data, digest = _canonical(record)
-    record = record.model_copy(update={"sha256": digest})
-    record.__dict__[_DATA] = data  # beside the fields, as cached properties are
-    return record
+    return record.model_copy(update={"sha256": _canonical(record)[1]})
 
 
 def save_sealed(record: Record, path: Path) -> None:
     """Write the record, replacing what is there. Raises MachineError, and then leaves the existing file unchanged."""
-    write_file(path, record.__dict__.pop(_DATA, None) or _canonical(record)[0])
+    write_file(path, _canonical(record)[0])
 
 
 def _canonical(record: Record) -> tuple[bytes, str]:
