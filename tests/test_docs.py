@@ -145,9 +145,9 @@ def test_few_folders_know_the_kinds_of_kept_members():
     assert known == {"family", "formats", "planning"}
 
 
-def test_few_folders_know_that_adapters_can_form_a_pool():
-    """All others ask whether tensors merge by their products, and a plan or a task what cannot be had of it."""
-    asks = r"[\"']pool[\"']|\.pooled\b|\bpools\b|(?i:(pool of|pooled) (lora )?adapters?|of a pool\b)"
+def test_few_folders_know_that_adapters_can_be_merged_or_form_a_pool():
+    """All others ask whether tensors merge by their products, and a plan or a task what it needs and cannot give."""
+    asks = r"\badapters == |[\"']pool[\"']|\.pooled\b|\bpools\b|(?i:(pool of|pooled) (lora )?adapters?|of a pool\b)"
     assert folders_with(asks) == {"family", "formats"}
 
 

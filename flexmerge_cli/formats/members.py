@@ -12,7 +12,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES
 from flexmerge_cli.checkpoint.libraries import LibraryName
-from flexmerge_cli.checkpoint.peft import AdapterKind
+from flexmerge_cli.checkpoint.peft import CONFIG_NAME, AdapterKind
 from flexmerge_cli.family.adapters import Adapters, KeptAdapter
 from flexmerge_cli.formats.adapter_changes import ChangeRecord
 from flexmerge_cli.formats.plan_records import License, Parts, PlanTensor, SideFile
@@ -60,6 +60,12 @@ class Member(Record):
     def source_bytes(self) -> int:
         """The bytes of the tensors in its source."""
         return self.bytes
+
+    def needed_files(self, adapters: Adapters) -> tuple[list[str], list[str]]:
+        """Return the files and subfolders that are needed of its source, and of the base, beside the weights. adapters:
+        the plan's setting."""
+        folders = [f"{part}/" for part in self.parts]
+        return [*self.files, *folders], folders
 
     @property
     def own_bytes(self) -> int:
@@ -131,6 +137,11 @@ class PlanTask(Member):
     @property
     def adapter_kind(self) -> AdapterKind | None:
         return self.adapter
+
+    def needed_files(self, adapters: Adapters) -> tuple[list[str], list[str]]:
+        own, of_base = super().needed_files(adapters)
+        is_merged = self.adapter is not None and adapters == "merge"  # its model has the files of the base
+        return ([CONFIG_NAME], [*of_base, *self.files]) if is_merged else (own, of_base)
 
     def loaded_by(self, adapters: Adapters) -> LibraryName:
         """Return the library that loads it. adapters: the plan's setting."""

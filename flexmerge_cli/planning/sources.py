@@ -6,7 +6,6 @@ from pathlib import Path
 
 from flexmerge_cli.checkpoint.access import ONLINE, Access
 from flexmerge_cli.checkpoint.checkpoint import Checkpoint, each_opened, open_checkpoint
-from flexmerge_cli.checkpoint.peft import CONFIG_NAME
 from flexmerge_cli.checkpoint.place import is_remote
 from flexmerge_cli.checkpoint.remote import RemoteFile
 from flexmerge_cli.checkpoint.tensor import StoredTensor
@@ -16,7 +15,6 @@ from flexmerge_cli.family.adapters import KeptAdapter, Members, members_of
 from flexmerge_cli.family.classes import TensorClass
 from flexmerge_cli.family.family import Family, make_family
 from flexmerge_cli.family.split import whole_of
-from flexmerge_cli.formats.members import Member
 from flexmerge_cli.formats.plan_file import Plan
 from flexmerge_cli.formats.plan_records import SideFile
 from flexmerge_cli.planning import kept_adapters, left_out
@@ -144,17 +142,13 @@ def open_sources(
 
 def _open_again(plan: Plan, folder: Path, relocate: Mapping[str, str], access: Access) -> dict[str, Checkpoint]:
     """Map every task to its checkpoint, and the empty name to that of the base if it is needed."""
-    is_merged = {task.name: task.adapter is not None and plan.settings.adapters == "merge" for task in plan.tasks}
-    needs = {
-        each.name: [CONFIG_NAME] if is_merged.get(each.name) else [*each.files, *_folders(each)]
-        for each in plan.readers
-    }
+    found = [each.needed_files(plan.settings.adapters) for each in plan.readers]
+    needs = {each.name: own for each, (own, _) in zip(plan.readers, found)}
     sources = {each.name: each.source for each in plan.readers}
     merges = any(tensor.class_ is TensorClass.MERGEABLE for tensor in plan.tensors)
     if merges or plan.kept or any(each.adapter_kind is not None for each in plan.readers):
         sources = {"": plan.base.source} | sources
-        needs[""] = [*plan.base.files, *(folder for each in plan.readers for folder in _folders(each))]
-        needs[""] += [name for task in plan.tasks if is_merged[task.name] for name in task.files]
+        needs[""] = [*plan.base.files, *(name for _, of_base in found for name in of_base)]
     for old, new in relocate.items():
         everything = [plan.base.source, *sources.values()]
         if all(_relocated(source, folder, {old: new}) is None for source in everything):
@@ -184,11 +178,6 @@ def _open_again(plan: Plan, folder: Path, relocate: Mapping[str, str], access: A
         )
 
     return open_all(sources, opened)
-
-
-def _folders(record: Member) -> list[str]:
-    """List the subfolders with weights."""
-    return [f"{part}/" for part in record.parts]
 
 
 def _located(
