@@ -236,7 +236,7 @@ def test_what_is_stored_once_is_placed_once_per_device_and_dtype(
         assert {row.logits.device for row in rows} == {GPU}
 
 
-@pytest.mark.parametrize("weights", ["dense"])
+@pytest.mark.parametrize("weights", ["dense", "packed"])
 def test_a_task_that_finds_no_memory_leaves_nothing_and_the_others_run_on(
     weights: str, bundle_of: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

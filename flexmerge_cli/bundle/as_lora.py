@@ -98,7 +98,8 @@ def export_as_lora(bundle: Bundle, target: Path, *, force: bool = False) -> dict
         first = bundle.manifest.tensors[0]
         raise _refused(first.name, next(iter(first.digests)), entry.why_no_lora)
     if entry.why_no_model is not None:
-        rank = max(tensor.shape[0] for tensor in bundle.manifest.tensors if ".lora_A." in tensor.name)
+        down = (".lora_A.", ".lora_embedding_A")
+        rank = max((t.shape[0] for t in bundle.manifest.tensors if any(part in t.name for part in down)), default=1)
     else:
         whole = factored(bundle)
         whole = replace(whole, rank=max(1, whole.rank))  # no library takes an adapter of rank 0

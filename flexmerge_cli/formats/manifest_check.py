@@ -32,6 +32,8 @@ def check_manifest(manifest: "Manifest") -> None:
     tasks = set(manifest.tasks)
     if not tasks or not are_task_names(list(manifest.tasks)):
         raise ValueError("it has no tasks, or one with an invalid name")  # names become folders
+    if len({task.pooled for task in manifest.tasks.values()}) > 1:
+        raise ValueError("its tasks are not all of one kind, models or adapters of one pool")
     gate = manifest.gate
     if gate is not None and (set(gate.data) & set(gate.not_scored) or set(gate.data) | set(gate.not_scored) != tasks):
         raise ValueError("its gate does not list every task exactly once")

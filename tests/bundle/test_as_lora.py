@@ -95,13 +95,15 @@ def test_the_lines_of_each_engine_name_base_rank_and_adapters(tmp_path):
     fails(2, "export", bundle, "--as-lora", "-o", out, "--force", says="notes")
 
 
-def test_the_adapters_of_a_pool_come_without_a_base(tmp_path):
-    configs = {name: LORA(r=2, target_modules=["q_proj"]) for name in "ab"}
+@pytest.mark.parametrize("module", ["q_proj", "embed_tokens"])
+def test_the_adapters_of_a_pool_come_without_a_base(tmp_path, module):
+    configs = {name: LORA(r=2, target_modules=[module]) for name in "ab"}
     adapted, bundle = packed(
         tmp_path, "--method", "average", "--size", "1x", configs=configs, more=("--adapters", "pool")
     )
     value = succeeds("export", bundle, "--as-lora", "-o", tmp_path / "out", "--json").json
     assert not (tmp_path / "out/base").exists() and "vllm serve BASE" in value["commands"]["vllm"][0]
+    assert "--max-lora-rank 2 " in value["commands"]["sglang"][0]
     succeeds("export", bundle, "--task", "a", "-o", tmp_path / "a")
     assert tree(tmp_path / "out/adapters/a") == tree(tmp_path / "a")
     assert served(adapted, tmp_path / "out/adapters", adapted.base, ["a", "b"]).isfinite().all()

@@ -145,6 +145,8 @@ INCONSISTENT = {
     "a file of an unknown task": lambda f: f["files"]["weights/all.safetensors"].update(tasks=["nobody"]),
     "a negative size": lambda f: f["files"]["weights/all.safetensors"].update(bytes=-1),
     "a digest of another length": lambda f: f["files"]["weights/all.safetensors"].update(sha256="ab"),
+    "a fast digest of another length": lambda f: f["files"]["weights/all.safetensors"].update(xxh3="ab"),
+    "one adapter of a pool": lambda f: f["tasks"]["task0"].update(pooled="lora"),
     "a tensor twice": lambda f: f["tensors"].append(f["tensors"][0]),
     "a tensor of no task": lambda f: change(f, digests={}),
     "a tensor of an unknown task": lambda f: change(f, digests={"nobody": "0" * 32}),
