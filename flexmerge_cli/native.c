@@ -121,7 +121,7 @@ static double rounded(double scale)
 }
 
 /* Code m rows in several ways, and find Σ (x - coded x)² of the best way of each number of bits, out [bits, m]; and the
- * largest magnitude of each row. Of a way: `place` is that of its bits; with last > 0 the levels are 0, 1, …, last, and
+ * largest magnitude of each row. For each way, `place` is the index of its bits; with last > 0 the levels are 0, 1, …, last, and
  * the scale is factor times the largest magnitude divided by last; else the scale is the root mean square, and tables
  * [ways, 7] hold four levels, and three thresholds at the exact scale. Scales are rounded to bfloat16. */
 EXPORTED void flexmerge_row_errors(const float *x, int64_t m, int64_t n, int64_t ways, const int64_t *place,
@@ -347,8 +347,8 @@ EXPORTED FOR_EVERY_PROCESSOR void flexmerge_deltas(const void *base, const void 
     }
 }
 
-/* Of some rows of k tasks: their average, base + float32(mean of x - base), out [s, n]; and what it lacks of `tasks`
- * [s, t] of them, x - average, residuals [s, t, n]. x: addresses of the tasks' first rows; base is float32. */
+/* Computes the average of some rows of k tasks, base + float32(mean of x - base), [s, n], and for each row the residuals
+ * x - average of the tasks in `tasks` [s, t], [s, t, n]. x: addresses of the tasks' first rows; base is float32. */
 EXPORTED FOR_EVERY_PROCESSOR void flexmerge_sample(const float *base, const void *const *x, int64_t type, int64_t k,
                                                    const int64_t *rows, int64_t s, int64_t n, const int64_t *tasks,
                                                    int64_t t, float *average, float *residuals)

@@ -57,15 +57,18 @@ def test_sums_of_odd_numbers_have_the_same_bits(value, monkeypatch):
 def test_sampled_rows_have_the_same_bits(size, tasks, dtype, monkeypatch):
     base = normal(5, size)
     weights = [(base + 0.01 * normal(5, size, seed=seed)).to(dtype) for seed in range(1, tasks + 1)]
-    rows = np.array([0, 2, 3])
-    measured = residual_tasks(slice(4, 7), tasks)
+    mixed = [*weights[1:], weights[0].double()]  # which take the plain path
+    for given, rows in ((weights, [0, 2, 3]), (weights, []), (mixed, [1, 4])):
+        measured = residual_tasks(slice(4, 4 + len(rows)), tasks)
 
-    def sampled():
-        return sampled_rows(base, weights, rows, measured, lambda _name, *shape: torch.full(shape, torch.nan))
+        def sampled(given=given, rows=rows, measured=measured):
+            buffer = lambda _name, *shape: torch.full(shape, torch.nan)  # noqa: E731
+            return sampled_rows(base, given, np.array(rows, np.int64), measured, buffer)
 
-    found = sampled()
-    monkeypatch.setattr(native, "lib", None)
-    assert all(map(torch.equal, found, sampled()))
+        found = sampled()
+        with monkeypatch.context() as plain:
+            plain.setattr(native, "lib", None)
+            assert all(map(torch.equal, found, sampled()))
 
 
 @pytest.mark.parametrize("tasks", [1, 2, 3, 4, 5, 8, 13, 32])

@@ -96,9 +96,8 @@ def factors(tensor: TensorStatistics, centres: list[AutoCentre]) -> tuple[np.nda
     own_K = np.diag(tensor.gram)[firsts]
     sizes_K = np.array([len(tasks) for tasks in classes], np.float64)
     places: dict[tuple[Kind, Groups], int] = {}
-    found: list[
-        tuple[np.ndarray, np.ndarray]
-    ] = []  # of each place: whether a class has a residual, and ‖τ - centre's τ‖²
+    found: list[tuple[np.ndarray, np.ndarray]] = []
+    """For each place, whether each class has a residual, and ‖τ - centre's τ‖²."""
     place_C, lost_C = np.zeros(len(centres), np.intp), np.zeros(len(centres))
     for row, centre in enumerate(centres):
         key = centre.kind, centre.groups

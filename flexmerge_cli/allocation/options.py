@@ -1,5 +1,5 @@
 """Lists the options to store a family, one row each: bytes on disk and when served, bits per weight, the measured score
-of such bundles, and the command that builds it. Pure. Imports torch only for `all_methods`"""
+of such bundles, and the command that builds it. Pure. Imports torch only for `all_methods`."""
 
 import math
 import shlex

@@ -1,8 +1,8 @@
 """Makes the one pass of `plan`: reads every weight once, and measures all that a cut needs.
 
 It measures, per tensor, the Gram matrix of the task vectors, which tasks hold the same bits, the digests, any values
-that are not finite, and how well it can be coded in few bits (survey_codes.py). Memory: threads x (M + 1) x 1 MiB,
-and a row, whatever the size of the models.
+that are not finite, and how well it can be coded in few bits (survey_codes.py). Memory: threads x (M + 1) x about
+1 MiB (2 MiB for F64), and a row, whatever the size of the models.
 """
 
 import warnings

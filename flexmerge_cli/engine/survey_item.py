@@ -63,8 +63,8 @@ def models_of(item: SurveyItem) -> list[StoredTensor]:
 
 
 def range_of(item: SurveyItem, chunk_elements: int) -> int:
-    """Return the elements of one work item, per model: chunk_elements of float32, and as many bytes of smaller ones, so
-    that a range holds whole pieces of the digests."""
+    """Return the elements of one work item, per model: chunk_elements of float32, and as many bytes of smaller ones. So
+    a range holds whole pieces of the digests where all models have one dtype."""
     largest = max(tensor.item_bytes for tensor in models_of(item))
     return chunk_elements * max(1, ITEM_BYTES["F32"] // largest)
 

@@ -57,7 +57,7 @@ class FileEntry(Record):
     bytes: Count
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     xxh3: Digest | None = None
-    """Of the whole file; None in bundles from before it was recorded."""
+    """The digest of the whole file in the manner of tensors; None in bundles from before it was recorded."""
     tasks: Items[str]
     """The tasks that read it; none for the router, which belongs to no task."""
 

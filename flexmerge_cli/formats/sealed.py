@@ -27,7 +27,7 @@ def sealed(kind: type[Sealed], fields: Mapping[str, Any]) -> Sealed:
     """Check a record's fields and fill in its SHA-256, which is that of the file that `save_sealed` writes.
 
     It is computed from the checked record: `fields` may leave out defaults, or write a number in another way. Records
-    among them are checked already. Raises ValidationError.
+    among them are checked already, and all texts hold Unicode (text.py). Raises ValidationError.
     """
     record = kind.model_validate(dict(fields) | {"sha256": NO_SHA256})
     return record.model_copy(update={"sha256": _canonical(record)[1]})

@@ -1,3 +1,4 @@
+import hashlib
 import itertools
 
 import numpy as np
@@ -6,7 +7,14 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexmerge_cli.checkpoint.digest import PIECE_BYTES, TensorDigest, digest_bytes, digest_range
+from flexmerge_cli.checkpoint.digest import (
+    PIECE_BYTES,
+    FileHash,
+    TensorDigest,
+    digest_bytes,
+    digest_range,
+    file_digests,
+)
 
 SIZES = (0, 1, 2, 99, PIECE_BYTES - 1, PIECE_BYTES, PIECE_BYTES + 1, 3 * PIECE_BYTES + 5)
 
@@ -32,6 +40,17 @@ def test_a_digest_does_not_depend_on_how_the_tensor_was_cut(size, cuts, end_is_t
     for start, stop in itertools.pairwise(edges):
         whole.add(digest_range(data[start:stop], start, last=end_is_told and stop == size))
     assert whole.hexdigest() == digest_bytes(data)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("step", [997, PIECE_BYTES, 2 * PIECE_BYTES + 3])
+def test_a_file_has_the_digest_of_its_bytes_beside_its_sha256(size, step, tmp_path):
+    data, whole = noise(size).tobytes(), FileHash()
+    for start in range(0, size, step):
+        whole.update(data[start : start + step])
+    (tmp_path / "file").write_bytes(data)
+    expected = hashlib.sha256(data).hexdigest(), digest_bytes(data)
+    assert whole.digests() == file_digests(tmp_path / "file") == expected
 
 
 @pytest.mark.parametrize("size", [1, 99, PIECE_BYTES, PIECE_BYTES + 1])

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from flexmerge_cli.checkpoint.digest import digest_bytes
 from flexmerge_cli.checkpoint.safetensors import read_header
 from flexmerge_cli.engine.survey import survey
-from flexmerge_cli.engine.survey_item import PRODUCT_ELEMENTS, SurveyItem
+from flexmerge_cli.engine.survey_item import PRODUCT_ELEMENTS, SurveyItem, range_of
 
 from ..families import normal
 
@@ -54,6 +54,18 @@ def test_gram_is_that_of_the_float32_task_vectors(size, dtype, tmp_path):
     assert np.isclose(found.base_energy, float(base.float().double().square().sum()), rtol=1e-5)
     assert found.digests == [digest_bytes(task.reshape(-1).view(torch.uint8).numpy().copy()) for task in tasks]
     assert np.array_equal(found.gram, found.gram.T)
+
+
+@pytest.mark.parametrize(
+    ("base", "task", "elements"),
+    [
+        (torch.float32, torch.float32, PRODUCT_ELEMENTS), (torch.float32, torch.bfloat16, PRODUCT_ELEMENTS),
+        (torch.bfloat16, torch.bfloat16, 2 * PRODUCT_ELEMENTS), (torch.float64, torch.float64, PRODUCT_ELEMENTS),
+    ],
+)  # fmt: skip
+def test_ranges_of_smaller_dtypes_have_more_elements(base, task, elements, tmp_path):
+    made = item(tmp_path, normal(0, 9, dtype=base), [normal(1, 9, dtype=task)])
+    assert range_of(made, PRODUCT_ELEMENTS) == elements
 
 
 def test_nothing_depends_on_threads_or_on_how_tensors_are_cut(tmp_path):
