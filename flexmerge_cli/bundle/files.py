@@ -152,7 +152,7 @@ class BundleFiles:
         def digest() -> None:
             while waiting:
                 with contextlib.suppress(FlexmergeError, IndexError):  # another thread took the last
-                    self._digest(waiting.pop(0))
+                    self._digest(waiting.pop(0), alone=True)  # a pool's threads would be waited for
 
         for _ in range(min(len(waiting), MAX_THREADS, os.cpu_count() or 1)):
             threading.Thread(target=digest, daemon=True).start()  # The program does not wait for it when it ends.
@@ -199,14 +199,15 @@ class BundleFiles:
             hint=lacks.hint if lacks else "check the disk, or fetch the bundle again",
         )
 
-    def _digest(self, name: str) -> None:
+    def _digest(self, name: str, *, alone: bool = False) -> None:
+        """Digest a file unless that was done, and compare. alone: in this thread, without others that help."""
         with self._lock:
             turn = self._turns.setdefault(name, threading.Lock())
         with turn:
             is_known = self._now(name) in self._digests
             if is_known and self._verify != "off":
                 self._compare(name)
-            elif self._verify != "off" and not self._has_xxh3(name):
+            elif self._verify != "off" and not self._has_xxh3(name, alone=alone):
                 for _ in self.chunks(name):
                     pass
 
@@ -223,12 +224,12 @@ class BundleFiles:
         entry, found = self._entries[name], self._digests.get(self._seen[name])
         return found is not None and found in (entry.sha256, entry.xxh3)
 
-    def _has_xxh3(self, name: str) -> bool:
-        """Compute the xxh3 of a file, on several cores, if that is wanted, and return whether it is the manifest's."""
+    def _has_xxh3(self, name: str, *, alone: bool) -> bool:
+        """Compute the xxh3 of a file if that is wanted, and return whether it is the manifest's."""
         if self._verify != "xxh3" or self._entries[name].xxh3 is None:
             return False
         spans = range(0, self._entries[name].bytes, SPAN_BYTES)
-        with self._opened(name) as descriptor, ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as pool:
+        with self._opened(name) as descriptor:
 
             def pieces(start: int) -> bytes:
                 buffer, found = memoryview(bytearray(PIECE_BYTES)), b""
@@ -237,7 +238,11 @@ class BundleFiles:
                     found += xxhash.xxh3_128_digest(buffer[:count]) if count else b""
                 return found
 
-            found = xxhash.xxh3_128_hexdigest(b"".join(pool.map(pieces, spans)))
+            if alone:
+                found = xxhash.xxh3_128_hexdigest(b"".join(map(pieces, spans)))
+            else:
+                with ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as pool:
+                    found = xxhash.xxh3_128_hexdigest(b"".join(pool.map(pieces, spans)))
         if found == self._entries[name].xxh3:
             self._digests[self._seen[name]] = found
         return found == self._entries[name].xxh3

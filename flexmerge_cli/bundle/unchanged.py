@@ -19,12 +19,13 @@ from flexmerge_cli.allocation.layout import BundleLayout
 from flexmerge_cli.allocation.manifest_bytes import Measured, group_entry, method_entry
 from flexmerge_cli.allocation.restricted import restricted
 from flexmerge_cli.allocation.storage import Part, Storage, effective_dtype
+from flexmerge_cli.bundle.files import FETCH_AGAIN
 from flexmerge_cli.bundle.read import Bundle
-from flexmerge_cli.checkpoint.digest import file_digests
+from flexmerge_cli.checkpoint.digest import FileDigests, file_digests
 from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.engine.chain import Chain, chains_of
 from flexmerge_cli.engine.product import complete
-from flexmerge_cli.errors import UsageError
+from flexmerge_cli.errors import IntegrityError, UsageError
 from flexmerge_cli.family.classes import TensorClass
 from flexmerge_cli.formats.manifest_records import GroupEntry, TensorEntry, unpacked_errors
 from flexmerge_cli.formats.plan_file import Plan
@@ -78,12 +79,18 @@ class Unchanged:
             source = {task: str(storage.tensor.digests[task]) for task in storage.tensor.present}
             measured.digests[name] = source | measured.digests.get(name, {}) | self.digests.get(name, {})
         measured.errors |= self.errors
-        entries = self.bundle.manifest.files
-        measured.files |= {
-            path: entries[old].digests or file_digests(self.bundle.path / old) for path, old in self.files.items()
-        }
+        measured.files |= {path: self._digests_of(old) for path, old in self.files.items()}
         measured.build = self.build
         complete(self.layout, measured)
+
+    def _digests_of(self, name: str) -> FileDigests:
+        """Return the digests of an old file. Raises IntegrityError if they are computed and its SHA-256 is another."""
+        entry, path = self.bundle.manifest.files[name], self.bundle.path / name
+        found = entry.digests or file_digests(path)
+        if found.sha256 != entry.sha256:
+            differs = f"sha256 differs: {found.sha256}, {entry.sha256} by the manifest"
+            raise IntegrityError(f"{path}: {differs}", hint=FETCH_AGAIN)
+        return found
 
     def summary(self) -> dict[str, int]:
         """Return the numbers and bytes of weight files that are linked, copied from the old ones, or newly written."""

@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -12,6 +14,7 @@ from flexmerge_cli.bundle import files
 from flexmerge_cli.bundle.export import export_task
 from flexmerge_cli.bundle.read import Bundle
 from flexmerge_cli.bundle.view import View
+from flexmerge_cli.checkpoint.digest import digest_file
 from flexmerge_cli.errors import FlexmergeError, IntegrityError, MachineError, UsageError
 from flexmerge_cli.report.inspect_bundle import weights_words
 
@@ -383,3 +386,22 @@ def test_nothing_is_said_of_a_task_that_was_not_checked(kind, request):
     assert weights_words({"in_place": True, "config": False}) == "in place, no config"
     assert weights_words({"in_place": False, "config": True}) == "after export"
     assert "transformers" not in succeeds("inspect", merged).out
+
+
+def test_a_program_does_not_wait_for_what_is_digested_in_the_background(tmp_path):
+    """Files of zeros with the right digests, so that one is followed by the next."""
+    size = 64 << 20
+    entries = {}
+    for number in range(6):
+        with (tmp_path / f"{number}").open("wb") as file:
+            file.truncate(size)
+        entries[f"{number}"] = {"bytes": size, "sha256": "0" * 64, "xxh3": digest_file(tmp_path / "0"), "tasks": []}
+    script = f"""
+import pathlib
+from flexmerge_cli.bundle.files import BundleFiles
+from flexmerge_cli.formats.manifest_records import FileEntry
+entries = {{name: FileEntry.model_validate(entry) for name, entry in {entries}.items()}}
+BundleFiles(pathlib.Path({str(tmp_path)!r}), entries, verify="xxh3").ahead(entries)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stderr == ""

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from flexmerge_cli import api, change_plan, diff, load_plan, update, updating
+from flexmerge_cli.bundle import write
 from flexmerge_cli.bundle.manifest_file import read_manifest
 from flexmerge_cli.engine import product
 from flexmerge_cli.errors import UsageError
@@ -18,6 +19,7 @@ from ..adapters import make as make_adapters
 from ..families import ODD, plain, write_checkpoint, write_family
 from ..program import fails, succeeds, tree
 from ..test_golden_bundles import METHODS
+from .bundles import changed
 from .test_format_1 import KEPT
 from .test_resume import counted
 
@@ -270,3 +272,29 @@ def test_a_plan_with_a_rules_file_is_given_it_again(grown, tmp_path):
         patch.setattr(api, "load_plan", lambda _path: found)
         with pytest.raises(UsageError, match="rules file"):
             change_plan(grown / "few.json", remove=["task0"], output=tmp_path / "other.json")
+
+
+def without_fast_digests(fields):
+    for entry in fields["files"].values():
+        del entry["xxh3"]
+
+
+def test_an_update_adds_the_fast_digests_that_an_old_bundle_lacks(grown, tmp_path):
+    old = changed(grown / "few", tmp_path / "old", without_fast_digests)
+    succeeds("update", old, "--plan", grown / "all.json", "-o", tmp_path / "new")
+    assert tree(tmp_path / "new") == tree(grown / "all")
+
+
+def test_damage_of_a_file_without_a_fast_digest_after_it_was_taken_over_is_found(grown, tmp_path, monkeypatch):
+    old = changed(grown / "few", tmp_path / "old", without_fast_digests)
+    link = write._link_old
+
+    def damaged(unchanged, folder):
+        link(unchanged, folder)
+        path = old / next(iter(unchanged.files.values()))
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1
+        path.write_bytes(data)
+
+    monkeypatch.setattr(write, "_link_old", damaged)
+    fails(5, "update", old, "--plan", grown / "all.json", "-o", tmp_path / "new", says="sha256 differs")
