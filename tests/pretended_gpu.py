@@ -152,7 +152,7 @@ def pretended_gpu() -> Iterator[type[Device]]:
         patch.setattr(device, "KINDS", (*device.KINDS, GPU.type))
         patch.setattr(upload, "pinned", lambda num_bytes: torch.empty(num_bytes, dtype=torch.uint8))
         none = types.SimpleNamespace(record=lambda _: None, synchronize=lambda: None, wait_stream=lambda _: None)
-        for name in ("Event", "Stream", "current_stream"):  # tests/engine/late_gpu.py has them
+        for name in ("Event", "Stream", "current_stream"):  # tests/engine/test_upload.py has them
             patch.setattr(torch.cuda, name, lambda *_: none)
         patch.setattr(torch.cuda, "stream", lambda _: nullcontext())
         patch.setattr(torch.cuda, "set_stream", lambda _: None)

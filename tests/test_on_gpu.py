@@ -1,5 +1,6 @@
 """Paths that compute on a device, on a pretended GPU: nothing lies on the wrong one, and results are the CPU's."""
 
+import gc
 import json
 import os
 import subprocess
@@ -8,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -18,7 +20,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 from flexmerge_cli import make_plan, merge, open_bundle  # noqa: E402
 from flexmerge_cli.bundle import resident  # noqa: E402
 from flexmerge_cli.errors import MachineError  # noqa: E402
+from flexmerge_cli.methods.method import Where  # noqa: E402
 from flexmerge_cli.methods.registry import parse_call  # noqa: E402
+from flexmerge_cli.methods.sums import Sums  # noqa: E402
 
 from . import bench_gpu  # noqa: E402
 from .bundle.bundles import make as make_bundle  # noqa: E402
@@ -236,9 +240,10 @@ def test_what_is_stored_once_is_placed_once_per_device_and_dtype(
         assert {row.logits.device for row in rows} == {GPU}
 
 
+@pytest.mark.parametrize("left", [0, 5])
 @pytest.mark.parametrize("weights", ["dense", "packed"])
 def test_a_task_that_finds_no_memory_leaves_nothing_and_the_others_run_on(
-    weights: str, bundle_of: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    weights: str, left: int, bundle_of: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(resident, "LEAST_ELEMENTS", 0)
     bundle = open_bundle(bundle_of("vit", "low_bit:bits=4"))
@@ -248,13 +253,39 @@ def test_a_task_that_finds_no_memory_leaves_nothing_and_the_others_run_on(
         inputs = {"pixel_values": pixels.to(GPU)}
         before = runtime(inputs, ["alpha"])[0].logits.cpu()
         held = set(runtime._placed)
-        device.allocations_left = 5
-        with pytest.raises(MachineError, match=r"has no memory left for .*task `beta`"):
+        begun = num_begun()
+        device.allocations_left = left
+        with pytest.raises(MachineError, match=r"has no memory left for .*task `beta`") as raised:
             runtime.model("beta")
+        assert raised.value.__traceback__ is not None and num_begun() == begun, "the error holds the task"
         device.allocations_left = float("inf")
         assert set(runtime._placed) == held and runtime._tasks["beta"] is None
         assert torch.equal(runtime(inputs, ["alpha"])[0].logits.cpu(), before)
         assert runtime.model("beta") is not None
+
+
+def test_a_copying_view_on_a_device_maps_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A map ends the process where the disk fails."""
+    bundle = open_bundle(make_bundle(tmp_path, "--method", "low_bit:bits=3", name="tied"))
+    expected = dict(bundle.view(bundle.tasks[0]))
+    monkeypatch.setattr("flexmerge_cli.bundle.files.BundleFiles.map", None)
+    with pretended_gpu():
+        found = {name: value.cpu() for name, value in bundle.view(bundle.tasks[0], copy=True, device=GPU.type).items()}
+    assert all(same_bits(found[name], value) for name, value in expected.items())
+
+
+def test_what_a_thread_hands_on_for_another_to_add_up_lies_on_the_cpu() -> None:
+    sums = Sums(scope="task", terms=lambda deltas, _where: [deltas.double()], then=lambda found: found)
+    with pretended_gpu():
+        total = sums.measure(torch.ones(2, 100).to(GPU), Where(tasks=(0, 1), tensor="w", start=0, shape=(50, 40)))
+        (part,) = total.ahead
+        assert not isinstance(part, np.ndarray) and part.deltas.device.type == "cpu"
+
+
+def num_begun() -> int:
+    """The number of tasks that runtimes hold, or that something else keeps alive."""
+    gc.collect()
+    return sum(type(value).__name__ == "_Task" for value in gc.get_objects())
 
 
 def tensors_of(model: Any) -> list[Any]:

@@ -10,24 +10,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flexmerge_cli.bundle.read import Bundle
 from flexmerge_cli.engine.device import as_tensor, torch_dtype
 from flexmerge_cli.engine.upload import Uploads
 from flexmerge_cli.residuals.look_up import scaled_levels_on
-from flexmerge_cli.stored.decoding import Packable
+from flexmerge_cli.stored.decoding import Packable, Read, RouteParts
 from flexmerge_cli.stored.packed import Packed
 
 # Elements decoded at a time on a device.
 BLOCK_ELEMENTS = 1 << 24
 
 
-def decode_on(bundle: Bundle, task: str, stored: Packable, device: torch.device, uploads: Uploads) -> Tensor:
-    """Decode on the device, in the task's own dtype, one axis. stored: of a form that decodes on devices."""
+def decode_on(parts: RouteParts, read: Read, stored: Packable, device: torch.device, uploads: Uploads) -> Tensor:
+    """Decode on the device, in the task's own dtype, one axis. stored: of a form that decodes on devices.
+
+    parts: those on the task's route. read: gives the elements of one.
+    """
 
     def place(values: Tensor) -> Tensor:
         return uploads(values, device)
 
-    packed = stored.packed(bundle.parts_of(task), bundle.held)
+    packed = stored.packed(parts, read)
     assert isinstance(packed, Packed)
     m, n = packed.matrix
     out = torch.empty(m, n, dtype=torch_dtype(packed.dtype), device=device)

@@ -79,7 +79,8 @@ class View(Mapping[str, Tensor]):
         dtype, shape = self._tensors[name]
         stored = None if self.device.type == "cpu" else self.bundle.whole(self.task, aligned).packable
         if stored is not None and stored.decodes_on_devices:
-            return decode_on(self.bundle, self.task, stored, self.device, self._uploads).reshape(shape)
+            read, parts = self.bundle.bits if self.copy else self.bundle.held, self.bundle.parts_of(self.task)
+            return decode_on(parts, read, stored, self.device, self._uploads).reshape(shape)
         array = self.bundle.array(self.task, aligned, shared=not self.copy)
         tensor = as_tensor(np.ascontiguousarray(array).reshape(-1).view(np.uint8), dtype).reshape(shape)
         return self._uploads(tensor, self.device)

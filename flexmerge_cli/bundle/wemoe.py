@@ -24,6 +24,10 @@ from flexmerge_cli.stored.coded import MIXTURE
 ROLES = ("w0", "b0", "w1", "b1")
 """The arrays of a router, in the order of its layers."""
 
+CROSS_ATTENTION = frozenset(["EncDecAttention", "cross_attn", "crossattention", "encoder_attn", "multihead_attn"])
+KEYS_AND_VALUES = frozenset(["k", "v", "key", "value", "k_proj", "v_proj"])
+"""Segments of the names of layers, as family/rules.yaml has them."""
+
 AGAIN = "make it again with `flexmerge tune --method wemoe`"
 
 
@@ -113,17 +117,25 @@ def attach(model: nn.Module, routers: Mapping[str, tuple[ExpertRouter, Mapping[s
         for name, layer in layers.items():
             layer.router, layer.leads = router, name == first
     entries = {model, getattr(model, "base_model", model)}  # Either may be called.
-    own, decoding = [router for router, *_ in routers.values()], list[ExpertRouter]()
+    own, decoding, across = [router for router, *_ in routers.values()], list[ExpertRouter](), list[ExpertRouter]()
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         encoder = model.get_encoder()  # type: ignore[operator]
         encoding = {id(module) for module in encoder.modules()}
         of_encoder = [any(id(layer) in encoding for layer in layers.values()) for _, layers, _ in routers.values()]
-        decoding = [router for router, is_in in zip(own, of_encoder) if not is_in]
+        reads_it = [_reads_encoder(first) for *_, first in routers.values()]
+        across = [router for router, is_in, reads in zip(own, of_encoder, reads_it) if reads and not is_in]
+        decoding = [router for router, is_in, reads in zip(own, of_encoder, reads_it) if not is_in and not reads]
         own = [router for router, is_in in zip(own, of_encoder) if is_in]
         _note_masks(encoder, own, "attention_mask")  # It may be called alone.
     for module in entries:
-        _note_masks(module, own, "attention_mask")
+        _note_masks(module, [*own, *across], "attention_mask")
         _note_masks(module, decoding, "decoder_attention_mask")
+
+
+def _reads_encoder(name: str) -> bool:
+    """Return whether a decoder's layer is a key or value of cross-attention, whose inputs are what the encoder made."""
+    parts = name.split(".")
+    return not CROSS_ATTENTION.isdisjoint(parts) and not KEYS_AND_VALUES.isdisjoint(parts)
 
 
 def _note_masks(module: nn.Module, routers: list[ExpertRouter], word: str) -> None:

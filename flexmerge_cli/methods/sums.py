@@ -61,7 +61,8 @@ class Sums:
         while start < end:
             stop = min(end, (start // PIECE_ELEMENTS + 1) * PIECE_ELEMENTS)
             part = _Part(deltas[:, start - where.start : stop - where.start], replace(where, start=start))
-            parts.append(self._sum(part) if part.is_whole else replace(part, deltas=part.deltas.clone()))
+            # What another thread joins later lies on the CPU: devices have a stream for each thread.
+            parts.append(self._sum(part) if part.is_whole else replace(part, deltas=part.deltas.to("cpu", copy=True)))
             start = stop
         return _Total(None, parts or [self._sum(_Part(deltas, where))])
 

@@ -132,6 +132,7 @@ class Runtime:
                         self._load(task, found)
                 except BaseException:
                     self._tasks[task] = None  # Part of the model is there: it is begun anew.
+                    del found  # The error's traceback would hold it.
                     self._free()
                     raise
             return found.model
@@ -227,19 +228,21 @@ class Runtime:
         self._require(task)
         found = self._tasks[task]
         if found is None:
-            with torch.inference_mode(False):
-                model = skeleton(self._bundle, task, device=str(self.device), dtype=self._dtype)
-            packed = packable(model) if self._stays_packed else set()
-            found = _Task(
-                model=model,
-                needs=placeholders(model),
-                packed=packed,
-                made_bytes=made_bytes(model),
-                names={state: held.value.names for state, held in named_placeholders(model).items()},
-                mixtures=View(self._bundle, task, device=str(self.device)).mixtures,
-            )
-            self._tasks[task] = found
+            with MemoryFor(f"task `{task}`", self.device, hint=MORE_MEMORY):
+                found = self._tasks[task] = self._begun(task)
         return found
+
+    def _begun(self, task: str) -> "_Task":
+        with torch.inference_mode(False):
+            model = skeleton(self._bundle, task, device=str(self.device), dtype=self._dtype)
+        return _Task(
+            model=model,
+            needs=placeholders(model),
+            packed=packable(model) if self._stays_packed else set(),
+            made_bytes=made_bytes(model),
+            names={state: held.value.names for state, held in named_placeholders(model).items()},
+            mixtures=View(self._bundle, task, device=str(self.device)).mixtures,
+        )
 
     def _read(self, task: str, needs: Mapping[Key, Placeholder]) -> dict[Key, Tensor]:
         """Read values, and digest the files meanwhile; nothing is handed out before that has ended."""

@@ -43,7 +43,7 @@ def test_a_coded_tensor_has_the_bits_of_the_view(method, name, device, tmp_path)
         for tensor in bundle.manifest.tensors:
             stored = bundle.whole(task, tensor.name).packable if task in tensor.digests else None
             if stored is not None and stored.decodes_on_devices:
-                found = decode_on(bundle, task, stored, torch.device(device), Uploads())
+                found = decode_on(bundle.parts_of(task), bundle.held, stored, torch.device(device), Uploads())
                 expected = view[names.get(tensor.name, tensor.name)]
                 assert same_bits(found.reshape(expected.shape), expected)
                 decoded += 1

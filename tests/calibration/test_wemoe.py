@@ -185,6 +185,10 @@ def test_encoder_and_decoder_have_masks_of_their_own():
         for found, weights in zip(model(x, **given), expected):
             torch.testing.assert_close(found, weights)
     torch.testing.assert_close(encoder(x, attention_mask=last), of_last)
+    # Keys and values of cross-attention read what the encoder made.
+    name = "decoder.layers.0.encoder_attn.k_proj.weight"
+    attach(model, {"decoder": (routers["decoder"], {name: layers["decoder"]}, name)})
+    torch.testing.assert_close(model(x, attention_mask=first)[1], of_first)
 
 
 def test_the_same_request_makes_the_same_bundle_and_every_byte_counts(mixed, tmp_path):
