@@ -78,10 +78,10 @@ def centre_bytes(tensor: TensorStatistics, centres: list[AutoCentre]) -> np.ndar
 
 
 @functools.lru_cache(maxsize=4096)
-def _shared_dtypes(groups: Groups, same: tuple[int, ...], dtypes: tuple[str, ...]) -> list[str]:
+def _shared_dtypes(groups: Groups, same: tuple[int, ...], dtypes: tuple[str, ...]) -> tuple[str, ...]:
     """Return the dtype of the centre of each group that several classes share."""
     shared = [group for group in groups if len({same[task] for task in group}) > 1]
-    return [promote([dtypes[task] for task in group]) for group in shared]
+    return tuple(promote([dtypes[task] for task in group]) for group in shared)
 
 
 def factors(tensor: TensorStatistics, centres: list[AutoCentre]) -> tuple[np.ndarray, np.ndarray]:

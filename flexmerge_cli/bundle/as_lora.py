@@ -24,6 +24,7 @@ from flexmerge_cli.checkpoint.libraries import LIBRARIES
 from flexmerge_cli.checkpoint.peft import CONFIG_NAME
 from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.errors import UsageError
+from flexmerge_cli.family.factors import factor_pairs
 from flexmerge_cli.formats.manifest import Manifest
 
 BASE, ADAPTERS = "base", "adapters"
@@ -98,8 +99,8 @@ def export_as_lora(bundle: Bundle, target: Path, *, force: bool = False) -> dict
         first = bundle.manifest.tensors[0]
         raise _refused(first.name, next(iter(first.digests)), entry.why_no_lora)
     if entry.why_no_model is not None:
-        down = (".lora_A.", ".lora_embedding_A")
-        rank = max((t.shape[0] for t in bundle.manifest.tensors if any(part in t.name for part in down)), default=1)
+        shapes = {tensor.name: tensor.shape for tensor in bundle.manifest.tensors}
+        rank = max((shapes[a][0] for a, _ in factor_pairs(shapes)), default=1)
     else:
         whole = factored(bundle)
         whole = replace(whole, rank=max(1, whole.rank))  # no library takes an adapter of rank 0

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from flexmerge_cli.bundle.read import Bundle
 from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.engine.device import as_tensor
-from flexmerge_cli.engine.upload import Uploads
+from flexmerge_cli.engine.upload import Uploads, arrived
 from flexmerge_cli.errors import UsageError
 from flexmerge_cli.stored.decoding import Experts
 
@@ -98,7 +98,8 @@ class Mixture:
         key = self.key, side, weight.dtype, weight.device
         found = self.bundle.joined.get(key)
         if found is None:
-            stacked = torch.stack([self._read(pair[side]).to(weight) for pair in self.experts.factors])
+            with arrived(weight.device):  # Models that load on another stream may find it at once.
+                stacked = torch.stack([self._read(pair[side]).to(weight) for pair in self.experts.factors])
             found = self.bundle.joined.setdefault(key, stacked)
         assert isinstance(found, Tensor)
         return found

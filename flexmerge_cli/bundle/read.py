@@ -168,7 +168,7 @@ class Bundle(Routes):
     def chunks(self, name: str) -> Iterator[memoryview]:
         """Yield a file of the manifest from beginning to end, in chunks that are valid until the next one.
 
-        Raises after the last byte if its digest differs.
+        Raises after the last byte if its SHA-256 differs.
         """
         return self._on_disk.chunks(name)
 

@@ -116,20 +116,22 @@ def attach(model: nn.Module, routers: Mapping[str, tuple[ExpertRouter, Mapping[s
     for router, layers, first in routers.values():
         for name, layer in layers.items():
             layer.router, layer.leads = router, name == first
-    entries = {model, getattr(model, "base_model", model)}  # Either may be called.
-    own, decoding, across = [router for router, *_ in routers.values()], list[ExpertRouter](), list[ExpertRouter]()
+    of_model, of_decoder = list[ExpertRouter](), list[ExpertRouter]()
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         encoder = model.get_encoder()  # type: ignore[operator]
-        encoding = {id(module) for module in encoder.modules()}
-        of_encoder = [any(id(layer) in encoding for layer in layers.values()) for _, layers, _ in routers.values()]
-        reads_it = [_reads_encoder(first) for *_, first in routers.values()]
-        across = [router for router, is_in, reads in zip(own, of_encoder, reads_it) if reads and not is_in]
-        decoding = [router for router, is_in, reads in zip(own, of_encoder, reads_it) if not is_in and not reads]
-        own = [router for router, is_in in zip(own, of_encoder) if is_in]
-        _note_masks(encoder, own, "attention_mask")  # It may be called alone.
-    for module in entries:
-        _note_masks(module, [*own, *across], "attention_mask")
-        _note_masks(module, decoding, "decoder_attention_mask")
+        modules, of_encoder = set(encoder.modules()), list[ExpertRouter]()
+        for router, layers, first in routers.values():
+            if not modules.isdisjoint(layers.values()):
+                of_encoder.append(router)
+            else:
+                (of_model if _reads_encoder(first) else of_decoder).append(router)
+        _note_masks(encoder, of_encoder, "attention_mask")  # It may be called alone.
+        of_model += of_encoder
+    else:
+        of_model += [router for router, *_ in routers.values()]
+    for module in {model, getattr(model, "base_model", model)}:  # Either may be called.
+        _note_masks(module, of_model, "attention_mask")
+        _note_masks(module, of_decoder, "decoder_attention_mask")
 
 
 def _reads_encoder(name: str) -> bool:

@@ -91,11 +91,11 @@ def spectrum(
 
     def variances(name: str, tasks: list[str]) -> Iterator[tuple[float, float]]:
         base = read(located.base[name], BASE, name)
-        dtypes, known = {t.name: t for t in bundle.manifest.stored}, dict[object, float | None]()
+        stored_as, known = {t.name: t for t in bundle.manifest.stored}, dict[object, float | None]()
         for task in tasks:
             model, key = plan.task_names.index(task), bundle.identity(task, name)
             if key not in known:  # all tasks of a group may read one value
-                given = to_float32(bundle.stored(task, name), dtypes[name].dtype_of(task))
+                given = to_float32(bundle.stored(task, name), stored_as[name].dtype_of(task))
                 known[key] = variance(given - base)
             own = variance(read(located.tasks[model][name], model, name) - base)
             if own is not None and (stored := known[key]) is not None:

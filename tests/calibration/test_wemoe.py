@@ -1,17 +1,20 @@
 """Routers of experts, beside WEMoE as its paper gives it: plain loops over examples and positions, in float64."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
+import flexmerge_cli
 from flexmerge_cli import merge, open_bundle, tune, verify
 from flexmerge_cli.bundle.mixture import MixtureLinear
 from flexmerge_cli.bundle.read import Bundle
 from flexmerge_cli.bundle.router import Router, write_routed
-from flexmerge_cli.bundle.wemoe import ExpertRouter, attach
+from flexmerge_cli.bundle.wemoe import CROSS_ATTENTION, ExpertRouter, attach
 from flexmerge_cli.errors import DataError, IntegrityError, UsageError
 from flexmerge_cli.evaluation.loading import build_model
 from flexmerge_cli.evaluation.models import bundle_model
@@ -189,6 +192,11 @@ def test_encoder_and_decoder_have_masks_of_their_own():
     name = "decoder.layers.0.encoder_attn.k_proj.weight"
     attach(model, {"decoder": (routers["decoder"], {name: layers["decoder"]}, name)})
     torch.testing.assert_close(model(x, attention_mask=first)[1], of_first)
+
+
+def test_cross_attention_is_called_as_block_rules_call_it():
+    rules = Path(flexmerge_cli.__file__).parent / "family/rules.yaml"
+    assert set(yaml.safe_load(rules.read_text())["words"]["cross_attention"]) == CROSS_ATTENTION
 
 
 def test_the_same_request_makes_the_same_bundle_and_every_byte_counts(mixed, tmp_path):
